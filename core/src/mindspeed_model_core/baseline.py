@@ -1,0 +1,563 @@
+"""The numbers to hold a measurement against: what was published, and what was recorded here before."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from . import chart, perf
+from .chart import short
+from .errors import UserError, nearest
+from .perf import Measurement
+
+FOLDER, PUBLISHED, VARIABLE = "perf_baselines", "published.csv", "MINDSPEED_MODEL_BASELINES"
+MFU = "% MFU"
+LEAST_STEPS = 5
+NO_BASELINE, WITHIN, SLOWER, FASTER = "no baseline", "within", "slower", "faster (record it)"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of published.csv: a speed published for Atlas hardware (``npu``) and, at times, for a reference GPU."""
+
+    id: str
+    model: str
+    release: str
+    title: str
+    params: str
+    task: str
+    cluster: str
+    hardware: str
+    precision: str
+    npu: float | None
+    reference: float | None
+    unit: str
+    mean_seq_len: str
+    status: str
+    note: str
+    source: str
+
+    @property
+    def devices(self) -> int:
+        """How many devices the cluster has: nodes x devices of a node."""
+        return math.prod(int(n) for n in self.cluster.split("x"))
+
+    @property
+    def label(self) -> str:
+        """What was trained, in a few words."""
+        length = f", {self.mean_seq_len}" if self.mean_seq_len and self.model == "llama2" else ""
+        return f"{self.title} {self.params} {self.task}{length}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of ``<model>.csv``: a recorded measurement.
+
+    ``spread`` is the inter-quartile range over the median, ``mfu`` a fraction of a known peak, ``tolerance`` (empty:
+    the default) the fraction by which a later measurement may differ, ``reproduces`` a published row's id.
+    """
+
+    hardware: str
+    devices: int
+    stack: str
+    recipe: str
+    digest: str
+    commit: str
+    date: str
+    unit: str
+    value: float
+    spread: float
+    step_s: float
+    mfu: float | None
+    peak_gib: float
+    tolerance: float | None
+    reproduces: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a measurement stands against its baseline; ``ratio`` is measured over recorded."""
+
+    status: str
+    baseline: Row | None
+    ratio: float | None
+    tolerance: float
+
+    @property
+    def failed(self) -> bool:
+        """Whether a gate must refuse it: slower, and also faster as long as it is not recorded."""
+        return self.status in (SLOWER, FASTER)
+
+
+def folder(path: Path | str | None = None) -> Path:
+    """Return the baselines' folder: ``path``, else $MINDSPEED_MODEL_BASELINES, else the nearest up from here."""
+    for given, origin in ((path, "--baselines"), (os.environ.get(VARIABLE), VARIABLE)):
+        if given:
+            if not (Path(given) / PUBLISHED).is_file():
+                raise UserError(f"{origin}={str(given)!r}: no {PUBLISHED} in it; name the repository's {FOLDER} folder")
+            return Path(given)
+    here = Path.cwd()
+    for parent in (here, *here.parents):
+        if (parent / FOLDER / PUBLISHED).is_file():
+            return parent / FOLDER
+    raise UserError(
+        f"no {FOLDER} folder in or above {here}: work inside a checkout of the model zoo's repository, or name its "
+        f"copy with --baselines DIR or {VARIABLE}=DIR (an installed package does not carry it)"
+    )
+
+
+def published(where: Path, model: str | None = None) -> list[Published]:
+    """Return the published rows, of one model package if named."""
+    rows = _read(where / PUBLISHED, Published)
+    return [r for r in rows if model is None or r.model == model]
+
+
+def find(where: Path, row_id: str) -> Published:
+    """Return the published row of that id."""
+    rows = {r.id: r for r in published(where)}
+    if row_id not in rows:
+        raise UserError(f"reproduces={row_id!r}: no such id in {where / PUBLISHED}{nearest(row_id, rows)}")
+    return rows[row_id]
+
+
+def read(where: Path, model: str) -> list[Row]:
+    """Return what is recorded for a model, oldest first; nothing when it has no file yet."""
+    path = where / f"{model}.csv"
+    return _read(path, Row) if path.exists() else []
+
+
+def compare(measured: Measurement, rows: Sequence[Row], *, tolerance: float | None = None) -> Verdict:
+    """Hold a measurement against the newest row of its hardware, device count, recipe digest and unit.
+
+    The tolerance is two-sided: the row's own, else ``tolerance``, else 10 % on CPU and 5 % elsewhere. A speed the
+    tolerance does not cover is ``slower`` or ``faster (record it)``.
+    """
+    default = tolerance if tolerance is not None else 0.10 if measured.device == "cpu" else 0.05
+    for row in reversed(rows):
+        if _key(row) != (measured.hardware, measured.devices, measured.digest):
+            continue
+        value = measured.value(row.unit)
+        if value is None:
+            continue
+        allowed = row.tolerance if row.tolerance is not None else default
+        ratio = value / row.value
+        status = SLOWER if ratio < 1 - allowed else FASTER if ratio > 1 + allowed else WITHIN
+        return Verdict(status, row, ratio, allowed)
+    return Verdict(NO_BASELINE, None, None, default)
+
+
+def record(measured: Measurement, where: Path, *, allow_dirty: bool = False, note: str = "") -> Row:
+    """Append a measurement to ``<model>.csv`` in one move, and return its row.
+
+    Raises UserError when its origin is not known: no commit or version, uncommitted changes (unless ``allow_dirty``,
+    which leaves the mark ``+dirty``), no digest, hardware, stack or date, or too few steps for a spread. The
+    tolerance of an older row of the same hardware and recipe is kept.
+    """
+    _check_commit(measured.commit, allow_dirty)
+    for name in ("hardware", "digest", "stack", "date", "recipe"):
+        if not getattr(measured, name).strip():
+            raise UserError(f"record: {name} is not known; a number without it cannot be recorded")
+    if measured.steps < LEAST_STEPS:
+        raise UserError(f"record: {measured.steps} steps were timed; {LEAST_STEPS} or more are needed for a spread")
+    unit = _unit(measured, where)
+    value = measured.value(unit)
+    if value is None or not math.isfinite(value) or value <= 0:
+        raise UserError(f"record: the measured speed is {value} {unit}, not a positive number")
+    known = measured.peak.source != "measured matmul"
+    if not known:
+        note = "; ".join(filter(None, (note, f"{measured.mfu:.1%} of a measured matmul")))
+    path = where / f"{measured.model}.csv"
+    with _locked(where):
+        rows = read(where, measured.model)
+        key = (measured.hardware, measured.devices, measured.digest)
+        tolerance = next((r.tolerance for r in reversed(rows) if _key(r) == key and r.unit == unit), None)
+        row = Row(
+            hardware=measured.hardware,
+            devices=measured.devices,
+            stack=measured.stack,
+            recipe=measured.recipe,
+            digest=measured.digest,
+            commit=measured.commit or "",
+            date=measured.date,
+            unit=unit,
+            value=_figures(value),
+            spread=_figures(measured.spread, 3),
+            step_s=_figures(measured.step_s),
+            mfu=_figures(measured.mfu, 4) if known else None,
+            peak_gib=_figures(measured.peak_bytes / 2**30, 4),
+            tolerance=tolerance,
+            reproduces=measured.reproduces or "",
+            note=note,
+        )
+        _append(path, row)
+    return row
+
+
+def prepare(
+    model_package: str, reproduces: str | None, *, baselines: Path | str | None = None, record: bool, allow_dirty: bool
+) -> Path:
+    """Return the baselines' folder, and raise now what would stop a comparison or a record after measuring."""
+    where = folder(baselines)
+    if reproduces:
+        find(where, reproduces)
+    if record:
+        _check_commit(perf.commit(model_package), allow_dirty)
+        if not os.access(where, os.W_OK):
+            raise UserError(f"{where}: not writable; --record needs to add a row there")
+    return where
+
+
+def report(
+    measured: Measurement,
+    where: Path | None,
+    *,
+    gate: bool = False,
+    keep: bool = False,
+    allow_dirty: bool = False,
+    tolerance: float | None = None,
+    console: Console | None = None,
+) -> int:
+    """Print a measurement and how it stands, record it if ``keep``, and return the exit status.
+
+    With ``gate`` the status is 1 when the speed is outside the tolerance, unless this call records it. Ranks other
+    than 0 print nothing and return 0. ``where`` is None when there is no folder to compare with.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return 0
+    console = console or Console()
+    console.print(perf.summary(measured))
+    if where is None:
+        return 0
+    if measured.reproduces:
+        console.print(_against(measured, find(where, measured.reproduces)), highlight=False)
+    verdict = compare(measured, read(where, measured.model), tolerance=tolerance)
+    console.print(_spoken(verdict), highlight=False)
+    if keep:
+        record(measured, where, allow_dirty=allow_dirty)
+        console.print(f"recorded in {where / f'{measured.model}.csv'}", highlight=False)
+        return 0
+    return 1 if gate and verdict.failed else 0
+
+
+def _spoken(verdict: Verdict) -> str:
+    row, ratio = verdict.baseline, verdict.ratio
+    if row is None or ratio is None:
+        return f"baseline: {verdict.status} for this hardware, device count and recipe"
+    colour = {WITHIN: "green", SLOWER: "red"}.get(verdict.status, "yellow")
+    return (
+        f"baseline: [{colour}]{verdict.status}[/], {ratio - 1:+.1%} against {short(row.value, 4)} {row.unit} of "
+        f"{row.date} ({row.commit}), tolerance ±{verdict.tolerance:.0%}"
+    )
+
+
+def _against(measured: Measurement, row: Published) -> str:
+    value = measured.value(row.unit)
+    text = f"published: {_number(row.npu)} {row.unit} on {row.cluster} {row.hardware} ({row.release})"
+    if value is None or row.npu is None:
+        return f"{text}; not comparable with {measured.unit}"
+    text += f"; here {_number(value)} {row.unit}"
+    if not _comparable(row, row.unit, measured.devices, measured.peak.source != "measured matmul"):
+        return f"{text}, on other terms ({measured.devices} x {measured.hardware})"
+    return f"{text}, {value / row.npu:.2f} x"
+
+
+def _comparable(row: Published, unit: str, devices: int, peak_known: bool) -> bool:
+    """Return whether a ratio says something: per-device units always, global ones for as many devices."""
+    if unit == MFU:
+        return peak_known
+    return unit.endswith("/device") or devices == row.devices
+
+
+def _unit(measured: Measurement, where: Path) -> str:
+    """Return the unit to record in: the published row's if it is a rate this task has, else the task's own."""
+    if measured.reproduces:
+        wanted = find(where, measured.reproduces).unit
+        if wanted != MFU and measured.value(wanted) is not None:
+            return wanted
+    return measured.unit
+
+
+def _check_commit(commit: str | None, allow_dirty: bool) -> None:
+    if not commit or commit == "unknown":
+        raise UserError("record: the code's commit is not known; commit the checkout, or install the packages")
+    if "+dirty" in commit and not allow_dirty:
+        raise UserError(f"record: commit={commit}: the sources hold changes; commit them, or pass --allow-dirty")
+
+
+def _key(row: Row) -> tuple[str, int, str]:
+    return row.hardware, row.devices, row.digest
+
+
+def _figures(value: float, digits: int = 6) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+T = TypeVar("T", Published, Row)
+
+
+def _read(path: Path, kind: type[T]) -> list[T]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = csv.reader(io.StringIO(text))
+    wanted = [f.name for f in fields(kind)]
+    header = next(lines, None)
+    if header != wanted:
+        raise UserError(f"{path}:1: the columns are {','.join(header or ())!r}, they must be {','.join(wanted)!r}")
+    return [_parse(cells, kind, f"{path}:{lines.line_num}") for cells in lines if cells]
+
+
+def _parse(cells: list[str], kind: type[T], where: str) -> T:
+    columns = fields(kind)
+    if len(cells) != len(columns):
+        raise UserError(f"{where}: {len(cells)} cells for {len(columns)} columns")
+    values: dict[str, Any] = {}
+    for column, cell in zip(columns, cells, strict=True):
+        number, optional = str(column.type).split(" | ")[0], "None" in str(column.type)
+        try:
+            if number == "str":
+                values[column.name] = cell
+            elif not cell and optional:
+                values[column.name] = None
+            else:
+                values[column.name] = int(cell) if number == "int" else _finite(cell)
+        except ValueError:
+            raise UserError(f"{where}: {column.name}={cell!r} is not a number") from None
+    return kind(**values)
+
+
+def _finite(cell: str) -> float:
+    value = float(cell)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _append(path: Path, row: Row) -> None:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    if not text:
+        writer.writerow(f.name for f in fields(Row))
+    elif not text.endswith("\n"):
+        out.write("\n")
+    writer.writerow("" if v is None else v for v in asdict(row).values())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text + out.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(where: Path) -> Iterator[None]:
+    """Let one process at a time add to the folder, so that two measurements ending together are both kept."""
+    import fcntl
+
+    handle = os.open(where, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Return the newest row of each recipe digest, hardware and device count."""
+    return list({(*_key(r), r.unit): r for r in rows}.values())
+
+
+def in_unit(row: Row, unit: str) -> float | None:
+    """Return a recorded speed in another unit, where the row holds it."""
+    if unit == row.unit:
+        return row.value
+    return 100 * row.mfu if unit == MFU and row.mfu is not None else None
+
+
+def _grouped(where: Path, model: str) -> list[tuple[Published | None, list[Row]]]:
+    """Return each published row of a model with what repeats it, then what repeats none."""
+    rows, told = latest(read(where, model)), published(where, model)
+    ids = {p.id for p in told}
+    groups: list[tuple[Published | None, list[Row]]] = [(p, [r for r in rows if r.reproduces == p.id]) for p in told]
+    names = dict.fromkeys(r.recipe for r in rows if r.reproduces not in ids)
+    groups += [(None, [r for r in rows if r.recipe == name and r.reproduces not in ids]) for name in names]
+    return groups
+
+
+def table(where: Path, model: str) -> Table:
+    """Return a model's published speeds and, under each, what was measured here."""
+    out = Table(title=f"{model}: measured against published", title_justify="left", pad_edge=False, box=None)
+    for name in ("recipe", "hardware"):
+        out.add_column(name, overflow="fold")
+    for name in ("speed", "MFU", "step", "memory", "vs published"):
+        out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("from", overflow="fold")
+    for told, rows in _grouped(where, model):
+        if told is not None:
+            hardware = f"{told.devices} x {told.hardware}"
+            source = f"[dim]{told.release}[/]"
+            out.add_row(f"[bold]{told.label}[/]", hardware, f"{_number(told.npu)} {told.unit}", "", "", "", "", source)
+            if told.reference is not None:
+                ratio = f"{told.reference / told.npu:.2f} x" if told.npu else ""
+                speed = f"{_number(told.reference)} {told.unit}"
+                out.add_row("", "published reference GPU", speed, "", "", "", ratio, source)
+        for row in rows:
+            out.add_row(*_cells(row, told))
+    return out
+
+
+def _cells(row: Row, told: Published | None) -> tuple[str, ...]:
+    ratio = ""
+    if told is not None and told.npu:
+        value = in_unit(row, told.unit)
+        if value is not None and _comparable(told, told.unit, row.devices, row.mfu is not None):
+            ratio = f"{value / told.npu:.2f} x"
+    return (
+        f"  [cyan]{row.recipe}[/]",
+        f"[cyan]{row.devices} x {row.hardware}[/]",
+        f"[cyan]{_number(row.value)} {row.unit}[/]",
+        f"{row.mfu:.1%}" if row.mfu is not None else "",
+        f"{row.step_s:.3g} s",
+        f"{row.peak_gib:.3g} GiB",
+        ratio,
+        f"{row.date} {row.commit}",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not published" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def plot(where: Path, model: str, path: Path | str) -> Path:
+    """Draw a model's measured speeds as bars with the published ones as marks: one panel per unit, one group per recipe.
+
+    A measured row stands in the panel of its own unit and, when its MFU is known, in the panel of MFU. Raises
+    UserError when nothing is known of the model.
+    """
+    groups = _grouped(where, model)
+    if not any(rows or told for told, rows in groups):
+        known = {r.model for r in published(where) if r.model}
+        raise UserError(f"model={model!r}: nothing published and nothing measured in {where}{nearest(model, known)}")
+    panels = _panels(groups)
+    heights = [sum(max(1, len(rows)) * _BAR + _GAP for _, _, rows in panel) for _, panel in panels]
+    head = 1.25
+    figure = chart.figure(10, sum(heights) + 0.85 * len(panels) + head)
+    grid = figure.subplots(len(panels), 1, height_ratios=[h + 0.25 for h in heights], squeeze=False)
+    hardware = list(dict.fromkeys(r.hardware for _, rows in groups for r in rows))
+    colours = {name: chart.COLOURS[i % len(chart.COLOURS)] for i, name in enumerate(hardware)}
+    for (unit, panel), axes in zip(panels, grid[:, 0], strict=True):
+        _panel(axes, unit, panel, colours)
+    _legend(figure, panels, colours)
+    title = f"{model}: measured against published" if hardware else f"{model}: published, nothing measured yet"
+    figure.text(0.015, 1 - 0.32 / figure.get_figheight(), title, fontsize=14, fontweight="bold", color=chart.INK)
+    figure.tight_layout(rect=(0, 0, 1, 1 - (head - 0.35) / figure.get_figheight()), h_pad=1.4)
+    return chart.write(figure, Path(path))
+
+
+_BAR, _GAP = 0.30, 0.26
+_Group = tuple[str, Published | None, list[tuple[Row, float]]]
+
+
+def _panels(groups: list[tuple[Published | None, list[Row]]]) -> list[tuple[str, list[_Group]]]:
+    units = dict.fromkeys([MFU])
+    units.update(dict.fromkeys(p.unit for p, _ in groups if p and p.unit))
+    units.update(dict.fromkeys(r.unit for _, rows in groups for r in rows))
+    panels: list[tuple[str, list[_Group]]] = []
+    for unit in units:
+        panel: list[_Group] = []
+        for told, rows in groups:
+            values = [(r, v) for r in rows if (v := in_unit(r, unit)) is not None]
+            mark = told if told and told.unit == unit and (told.npu or told.reference) else None
+            if values or mark:
+                label = rows[0].recipe if rows else told.label if told else ""
+                panel.append((label, mark, values))
+        if panel:
+            panels.append((unit, panel))
+    return panels
+
+
+_MARKS = (("npu", "D", "published, Atlas NPU"), ("reference", "o", "published, reference GPU"))
+
+
+def _panel(axes: Any, unit: str, panel: list[_Group], colours: dict[str, str]) -> None:
+    y, ticks, labels, most = 0.0, [], [], 0.0
+    for label, mark, values in panel:
+        height = max(1, len(values)) * _BAR
+        ticks.append(y + height / 2)
+        labels.append(label)
+        numbers = [v for _, v in values]
+        for i, (row, value) in enumerate(values):
+            at = y + (i + 0.5) * _BAR
+            axes.barh(at, value, height=0.82 * _BAR, color=colours[row.hardware])
+            text = f" {_number(value)}   {row.devices} x {row.hardware}"
+            axes.annotate(text, (value, at), va="center", fontsize=8.5, color=chart.INK, **_beside(value, mark, most))
+        if mark:
+            _draw_marks(axes, mark, y, height, alone=not values)
+            numbers += [v for v in (mark.npu, mark.reference) if v]
+        most = max(most, *numbers)
+        y += height + _GAP
+    axes.set_yticks(ticks, labels)
+    axes.set_ylim(y - _GAP / 2, -_GAP / 2)
+    axes.set_xlim(0, most * 1.45)
+    chart.style(axes, grid="x")
+    axes.set_title(_TITLES.get(unit, unit), loc="left", fontsize=10.5, color=chart.INK)
+
+
+_TITLES = {
+    MFU: "% MFU",
+    "samples/s": "samples/s, all devices together",
+    "frames/s": "frames/s, all devices together",
+    "tokens/s/device": "tokens/s per device",
+}
+
+
+def _beside(value: float, mark: Published | None, most: float) -> dict[str, Any]:
+    return {}
+
+
+def _draw_marks(axes: Any, mark: Published, y: float, height: float, *, alone: bool) -> None:
+    for name, shape, _ in _MARKS:
+        value = getattr(mark, name)
+        if value:
+            axes.plot([value, value], [y, y + height], color=chart.INK, linewidth=1.2, zorder=3)
+            face = chart.INK if name == "npu" else "white"
+            axes.plot(value, y + height / 2, shape, ms=6, mfc=face, mec=chart.INK, zorder=4)
+    if alone:
+        shown = [v for v in (mark.npu, mark.reference) if v]
+        axes.annotate(
+            " / ".join(_number(v) for v in shown), (max(shown), y + height / 2), (9, 0), textcoords="offset points",
+            va="center", fontsize=8.5, color=chart.GREY,
+        )  # fmt: skip
+
+
+def _legend(figure: Any, panels: list[tuple[str, list[_Group]]], colours: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    marks = [mark for _, panel in panels for _, mark, _ in panel if mark]
+    for name, shape, text in _MARKS:
+        if any(getattr(mark, name) for mark in marks):
+            face = chart.INK if name == "npu" else "white"
+            handles.append(Line2D([], [], ls="", marker=shape, ms=6, mfc=face, mec=chart.INK, label=text))
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.008, 1 - 0.42 / figure.get_figheight()),
+        ncols=4, frameon=False, fontsize=9, handletextpad=0.5, columnspacing=1.6,
+    )  # fmt: skip

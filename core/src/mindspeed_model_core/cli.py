@@ -1,0 +1,332 @@
+"""The command line, the same for every model package: ``mindspeed-<model>``; and ``mindspeed`` for what is common."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from . import launch
+from . import recipe as recipes
+from .errors import UserError, nearest
+
+# torch takes seconds to import; whatever needs it is imported inside the command that does.
+if TYPE_CHECKING:
+    from .model import Model
+    from .recipe import Recipe
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A name that 'recipes' lists, or a path ending in .yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: parallel.tp=2 optim.lr=1e-4 steps=100."),
+]
+Nproc = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Start N processes on this machine, one per device; auto: one per accelerator."),
+]
+
+_PLAIN_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class _Group(TyperGroup):
+    """Commands whose mistakes end in one line on stderr and exit status 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        status: Any = 0
+        try:
+            launch.follow_launcher()
+            status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except UserError as error:
+            launch.report(_line(error), status=2)
+            status = 2
+        except typer.Abort:
+            status = 130
+        except Exception as error:
+            status = _known(error)
+            if status is None:
+                with launch.crashes():
+                    raise
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _known(error: Exception) -> int | None:
+    """Report a mistake in the command line's words or one of the system's plain refusals; None: it is neither."""
+    if isinstance(error, OSError) and error.errno in _PLAIN_OS_ERRORS:
+        launch.report(f"{error.filename or 'writing'}: {error.strerror}", status=2)
+        return 2
+    if not hasattr(error, "format_message"):
+        return None
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        if context is not None:
+            print(context.get_help(), end="")
+        return 2
+    where = f"; see {context.command_path} --help" if context is not None else ""
+    launch.report(f"{' '.join(str(error.format_message()).split()).rstrip('.')}{where}", status=2)
+    return 2
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _new(help_text: str) -> typer.Typer:
+    return typer.Typer(
+        cls=_Group,
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def _help(text: str, *examples: str) -> str:
+    """Return help text followed by examples; square brackets are literal."""
+    lines = "\n".join(f"[green]$ {example}[/green]" for example in examples)
+    return f"{text}\n\n[bold]Examples[/bold]\n\n\b\n{lines}"
+
+
+def app(model: Model) -> typer.Typer:
+    """Return a model's command line."""
+    prog = f"mindspeed-{model.name}"
+    cli = _new(
+        _help(
+            f"Train, convert, measure and run {model.name}. A recipe is a set of values: list them, look at one with "
+            "your changes, then train it.",
+            f"{prog} recipes",
+            f"{prog} show NAME steps=100",
+            f"{prog} train NAME steps=100 --nproc 2",
+        )
+    )
+
+    @cli.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option("--version", callback=_version(f"mindspeed-model-{model.name}"), is_eager=True, help="Exit."),
+        ] = False,
+    ) -> None: ...
+
+    @cli.command(
+        "recipes",
+        help=_help(
+            "List the recipes of this package: what each trains and which published number it repeats.",
+            f"{prog} recipes",
+        ),
+    )
+    def list_recipes() -> None:
+        table = _table("recipe", "preset", "description", "reproduces")
+        for name in recipes.names(model.package):
+            each = model.load_recipe(name)
+            table.add_row(each.name, each.preset, each.description, each.reproduces or "")
+        Console().print(table)
+
+    @cli.command(
+        help=_help(
+            "Print a recipe in full, your changes applied, its digest, the number of parameters, and an estimate of "
+            "the memory each device will need. Nothing is loaded or written. Redirected to a file, the output is "
+            "itself a recipe.",
+            f"{prog} show NAME",
+            f"{prog} show NAME parallel.tp=2 parallel.shard=zero1 --nproc 8",
+            f"{prog} show NAME optim.lr=1e-4 > mine.yaml",
+        )
+    )
+    def show(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        nproc: Annotated[
+            int | None, typer.Option(metavar="N", min=1, help="Devices to plan for.  [default: tp x pp]")
+        ] = None,
+    ) -> None:
+        from .estimate import estimate
+
+        resolved = model.load_recipe(recipe, overrides or ())
+        plan = estimate(resolved, model, nproc or resolved.parallel.tp * resolved.parallel.pp)
+        typer.echo(resolved.to_yaml(), nl=False)
+        console = Console()
+        with console.capture() as captured:
+            console.print()
+            console.print(f"digest      {resolved.digest()}", highlight=False)
+            console.print(f"parameters  {plan.parameters:,}", highlight=False)
+            console.print(plan.table())
+            for note in plan.notes:
+                console.print(note, highlight=False)
+        # As comments, what follows the recipe leaves a redirected output loadable.
+        mark = "" if console.is_terminal else "# "
+        typer.echo("\n".join(f"{mark}{line}".rstrip() for line in captured.get().splitlines()))
+
+    @cli.command(
+        help=_help(
+            "Train. Checkpoints, metrics and the loss curve go to the run folder; SIGTERM saves and ends the run, "
+            "--resume continues it, under another parallel layout too. Any torchrun launch works instead of --nproc.",
+            f"{prog} train NAME",
+            f"{prog} train NAME init_from=path/to/hub-folder data.path=texts/ --nproc 8",
+            f"{prog} train NAME parallel.tp=2 parallel.pp=2 --nproc 8 --run-dir runs/first",
+            f"{prog} train NAME parallel.shard=zero3 --nproc 8 --run-dir runs/first --resume",
+            f"torchrun --nnodes 2 ... -m {model.package} train NAME",
+        )
+    )
+    def train(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        nproc: Nproc = None,
+        run_dir: Annotated[
+            Path | None, typer.Option(metavar="DIR", help=f"Where the run goes.  [default: runs/{model.name}-RECIPE]")
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's newest checkpoint.")] = False,
+    ) -> None:
+        resolved = model.load_recipe(recipe, overrides or ())
+        _spread(resolved, nproc)
+        from .train import run as train_run
+
+        train_run(resolved, model, run_dir=run_dir or Path("runs") / f"{model.name}-{resolved.name}", resume=resume)
+
+    @cli.command(
+        help=_help(
+            "Write a model's weights in another layout. The source is a hub folder, an original release or a run's "
+            "checkpoint; which one is detected. Weights are streamed: memory stays small whatever the size.",
+            f"{prog} convert runs/first/checkpoints/step-00001000 exported --layout hub",
+            f"{prog} convert path/to/hub-folder released --layout original",
+        )
+    )
+    def convert(
+        source: Annotated[Path, typer.Argument(metavar="SRC", help="The folder to read.")],
+        destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+        layout: Annotated[
+            str, typer.Option(metavar="NAME", help=f"How to write: {' or '.join(x.name for x in model.layouts)}.")
+        ],
+        preset: Annotated[
+            str | None,
+            typer.Option(metavar="P", help="The size the source must be; refused if it is another one."),
+        ] = None,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    ) -> None:
+        known = {each.name: each for each in model.layouts}
+        if layout not in known:
+            raise UserError(f"--layout={layout}: {model.name} has no such layout{nearest(layout, known)}")
+        from .weights import convert as convert_weights
+
+        convert_weights(source, destination, model, known[layout], preset=preset, overwrite=overwrite)
+
+    @cli.command(
+        help=_help(
+            "Measure a recipe's training speed on random data of its shapes. --compare holds the result against what "
+            "was recorded on the same hardware and against published numbers; --record adds it.",
+            f"{prog} measure NAME",
+            f"{prog} measure NAME --steps 20 --compare --nproc 8",
+        )
+    )
+    def measure(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        compare: Annotated[bool, typer.Option("--compare", help="Fail outside the tolerance, faster too.")] = False,
+        record: Annotated[bool, typer.Option("--record", help="Add the result to perf_baselines.")] = False,
+        steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps timed.")] = 10,
+        warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Steps run before, not timed.")] = 3,
+        nproc: Nproc = None,
+    ) -> None:
+        resolved = model.load_recipe(recipe, overrides or ())
+        _spread(resolved, nproc)
+        _measure(resolved, model, steps, warmup, compare, record)
+
+    for function in model.commands:
+        cli.command(_command_name(function))(function)
+    return cli
+
+
+def _command_name(function: Callable[..., None]) -> str:
+    return function.__name__.removesuffix("_command").replace("_", "-")
+
+
+def _spread(recipe: Recipe, nproc: str | None) -> None:
+    """With ``--nproc`` of 2 or more, run this command again as that many ranks and end with their exit status."""
+    if nproc is None:
+        return
+    launch.refuse_nested()
+    count = launch.count(nproc)
+    if count > 1:
+        raise typer.Exit(launch.spawn(count, launch.command_without_nproc()))
+
+
+def _measure(recipe: Recipe, model: Model, steps: int, warmup: int, compare: bool, record: bool) -> None:
+    raise NotImplementedError
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _version(distribution: str) -> Callable[[bool], None]:
+    def show(asked: bool) -> None:
+        if asked:
+            for name in dict.fromkeys((distribution, "mindspeed-model-core")):
+                typer.echo(f"{name} {_release(name)}")
+            raise typer.Exit()
+
+    return show
+
+
+def _release(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+def run(model: Model) -> None:
+    """Run a model's command line: what its console script calls."""
+    typer.main.get_command(app(model))(prog_name=f"mindspeed-{model.name}")
+
+
+def common() -> None:
+    """Run ``mindspeed``, the command of core."""
+    typer.main.get_command(common_app())(prog_name="mindspeed")
+
+
+def common_app() -> typer.Typer:
+    """Return the command line that belongs to no one model."""
+    cli = _new(_help("What is installed of the MindSpeed model zoo.", "mindspeed list", "mindspeed-llama2 recipes"))
+
+    @cli.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version("mindspeed-model-core"), is_eager=True, help="Exit.")
+        ] = False,
+    ) -> None: ...
+
+    @cli.command("list", help=_help("List the installed models, their versions and commands.", "mindspeed list"))
+    def list_models() -> None:
+        table = _table("model", "version", "command", "package")
+        for entry in sorted(entry_points(group="mindspeed_model"), key=lambda e: e.name):
+            scripts = [e.name for e in (entry.dist.entry_points if entry.dist else ()) if e.group == "console_scripts"]
+            name, release = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
+            table.add_row(entry.name, release, ", ".join(scripts), name)
+        if not table.row_count:
+            raise UserError("no model is installed; for example: pip install mindspeed-model-llama2")
+        Console().print(table)
+
+    return cli

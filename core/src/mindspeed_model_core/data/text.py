@@ -1,0 +1,144 @@
+"""Language-model batches: from text files, or random ones of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from ..errors import UserError
+from ..recipe import Section, local
+from . import packing
+from .documents import Documents, open_documents
+from .packing import Packed, Tokens
+from .shuffle import shuffled
+from .slots import Position, SlotLoader
+
+
+class TextData(Section):
+    """Which text a language model learns from, and how long its sequences are."""
+
+    path: str | None = local(
+        None,
+        description="a file, a folder or a glob: .txt (blank lines separate documents), .jsonl, .parquet",
+    )
+    text_key: str = Field("text", description="the key of a .jsonl object, or the column of a .parquet file")
+    tokenizer: str | None = local(None, description="a folder with a tokenizer; null: the one in init_from")
+    sequence_length: PositiveInt = Field(4096, description="tokens per sample; documents are cut to fill it exactly")
+    shuffle: bool = Field(True, description="a new order of documents each epoch; false: the order of the files")
+    workers: NonNegativeInt = local(0, description="processes that read ahead on each rank; 0: the training process")
+    synthetic_document: PositiveInt | None = Field(
+        None, description="mean document length of measure's random batches; null: one document fills a sequence"
+    )
+
+
+class PackedText(SlotLoader):
+    """Endless packed sequences of tokenized documents; see ``SlotLoader`` for the order and for resuming.
+
+    ``tokenizer`` is a transformers tokenizer. Slot s reads the documents that stand at s, s + global_batch, ... in
+    each epoch's order, every one as ``[bos] + tokens + [eos]``. A slot's position is (epoch, place in the order,
+    tokens of that document already used). Raises UserError for data it cannot read or that has too few documents.
+    """
+
+    def __init__(
+        self, data: TextData, tokenizer: Any, *, global_batch: int, micro_batch: int, seed: int, rank: int, ranks: int
+    ) -> None:
+        if data.path is None:
+            raise UserError(
+                "data.path: this field is required; give a file, a folder or a glob, data.path=corpus.jsonl"
+            )
+        documents = open_documents(data.path, data.text_key)
+        if len(documents) < global_batch:
+            raise UserError(
+                f"{data.path}: {len(documents)} documents are fewer than global_batch={global_batch}, "
+                f"each of whose samples reads its own; lower global_batch to {len(documents)} or less, or add documents"
+            )
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"tokenizer {tokenizer.name_or_path}: has no end-of-text token (eos_token)")
+        source = _Text(documents, tokenizer, data.sequence_length, global_batch, seed if data.shuffle else None)
+        super().__init__(
+            source, packing.pack, global_batch=global_batch, micro_batch=micro_batch, rank=rank, ranks=ranks,
+            workers=data.workers,
+        )  # fmt: skip
+        self.documents = documents
+
+
+class _Text:
+    def __init__(self, documents: Documents, tokenizer: Any, length: int, slots: int, seed: int | None) -> None:
+        self.documents, self.tokenizer, self.length, self.slots, self.seed = documents, tokenizer, length, slots, seed
+
+    def start(self, slot: int) -> Position:
+        return [0, slot, 0]
+
+    def stream(self, slot: int, position: Position) -> Iterator[tuple[Packed, Position]]:
+        epoch, place, offset = position
+        if place >= len(self.documents):
+            raise UserError(
+                f"the saved data position is at document {place}, the data has {len(self.documents)}; "
+                "resume with the data the run began with"
+            )
+
+        def following() -> Tokens:
+            nonlocal epoch, place
+            place += self.slots
+            if place >= len(self.documents):
+                epoch, place = epoch + 1, slot
+            return self._read(epoch, place)
+
+        document = self._read(epoch, place)
+        if offset > len(document):
+            raise UserError(
+                f"the saved data position is at token {offset} of a document that has {len(document)}; "
+                "resume with the data and tokenizer the run began with"
+            )
+        while True:
+            sample, document, offset = packing.fill(document, offset, self.length, following)
+            yield sample, [epoch, place, offset]
+
+    def _read(self, epoch: int, place: int) -> Tokens:
+        number = place if self.seed is None else shuffled(place, len(self.documents), self.seed, epoch)
+        tokenizer = self.tokenizer
+        # Text that spells a special token is text: only this loader begins and ends documents.
+        tokens = tokenizer.encode(self.documents[number], add_special_tokens=False, split_special_tokens=True)
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return np.array([*begin, *tokens, tokenizer.eos_token_id], np.int32)
+
+
+class RandomText(SlotLoader):
+    """Endless sequences of random tokens in documents of random length, the same under any number of ranks.
+
+    ``mean_document`` is the mean of the geometrically distributed document lengths; None: one fills a sequence.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, sequence_length: int, mean_document: int | None = None, global_batch: int,
+        micro_batch: int, seed: int, rank: int, ranks: int,
+    ) -> None:  # fmt: skip
+        source = _Random(vocab_size, sequence_length, mean_document, seed)
+        super().__init__(
+            source, packing.pack, global_batch=global_batch, micro_batch=micro_batch, rank=rank, ranks=ranks
+        )
+
+
+class _Random:
+    def __init__(self, vocab_size: int, length: int, mean: int | None, seed: int) -> None:
+        self.vocab_size, self.length, self.mean, self.seed = vocab_size, length, mean, seed
+
+    def start(self, slot: int) -> Position:
+        return [0]
+
+    def stream(self, slot: int, position: Position) -> Iterator[tuple[Packed, Position]]:
+        (step,) = position
+        while True:
+            draw = np.random.default_rng([self.seed, slot, step])
+
+            def following(draw: np.random.Generator = draw) -> Tokens:
+                # One token longer than a sequence when unbounded, so that every position has a label.
+                length = self.length + 1 if self.mean is None else 1 + draw.geometric(1 / self.mean)
+                return draw.integers(self.vocab_size, size=length, dtype=np.int32)
+
+            sample, _, _ = packing.fill(following(), 0, self.length, following)
+            step += 1
+            yield sample, [step]

@@ -1,0 +1,107 @@
+"""Tokenizers: opened from a local folder, checked against a model, or trained for a demonstration."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+FILES = ("tokenizer.json", "tokenizer.model")
+BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
+SPECIAL = ("<unk>", "<s>", "</s>")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in FILES)
+
+
+def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> Any:
+    """Return the transformers tokenizer of a folder, or of the tokenizer.json or tokenizer.model file in one.
+
+    Reads local files only and never runs code that comes with them. A folder with a SentencePiece tokenizer.model
+    alone, as in Meta's releases, is read as Llama's. With ``vocab_size`` a token the model has no embedding for is
+    an error. Raises UserError if there is no tokenizer or it cannot be read.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_file() and folder.name in FILES:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"tokenizer {source}: expected a folder, or a file named {' or '.join(FILES)}")
+    if not has_tokenizer(folder):
+        raise UserError(f"tokenizer {source}: no {' or '.join(FILES)} in this folder")
+    described = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    if not described and not (folder / "tokenizer.model").is_file():
+        raise UserError(f"tokenizer {source}: no tokenizer_config.json beside tokenizer.json")
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    kind = AutoTokenizer if described else LlamaTokenizer
+    try:
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"tokenizer {source}: cannot be read ({' '.join(str(error).split())})") from None
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raise UserError if a token of the tokenizer has no row in an embedding of ``vocab_size`` rows."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path}: has {needed} tokens, the model's vocab_size is {vocab_size}; "
+            f"use the tokenizer the weights were trained with, or config.vocab_size={needed}"
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, *, overwrite: bool = False) -> Any:
+    """Train a Llama-like BPE tokenizer that falls back to bytes, save it as a hub folder and return it.
+
+    Ids: 0 unknown, 1 begin, 2 end, 3-258 bytes, then characters and merges; no token crosses a space and line
+    breaks stay bytes. At most ``vocab_size`` tokens. Raises UserError if it is too small or ``folder`` exists.
+    """
+    target = Path(folder)
+    room = vocab_size - len(SPECIAL) - len(BYTES)
+    if room < 1:
+        raise UserError(
+            f"vocab_size={vocab_size}: must be above {len(SPECIAL) + len(BYTES)}, the special and byte tokens"
+        )
+    if target.exists() and not overwrite:
+        raise UserError(f"{target}: exists already; choose another folder or allow overwriting")
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer
+
+    learner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    breaks = pre_tokenizers.Split(Regex(r"[\n\r\t]+"), "removed")
+    learner.pre_tokenizer = pre_tokenizers.Sequence([breaks, pre_tokenizers.Metaspace()])
+    # Characters beyond half of the room would leave no merges; rare ones are spelled in bytes.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL, *BYTES],
+        limit_alphabet=max(1, room // 2),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokenizer = LlamaTokenizer(
+        vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]], add_bos_token=True
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer.save_pretrained(str(draft))
+        for file in draft.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return load_tokenizer(target)

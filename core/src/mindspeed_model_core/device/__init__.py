@@ -1,0 +1,122 @@
+"""The device a process works on: an Ascend NPU, a CUDA GPU or the CPU, behind one set of functions."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..errors import UserError, nearest
+
+KINDS = ("npu", "cuda", "cpu")
+
+
+def pick(kind: str | None = None) -> torch.device:
+    """Return this process's device: the named kind, or the first present of npu, cuda, cpu, at index LOCAL_RANK.
+
+    ``MINDSPEED_MODEL_DEVICE`` names a kind for the whole process. Raises UserError for a kind that is not here.
+    """
+    kind = kind or os.environ.get("MINDSPEED_MODEL_DEVICE")
+    present = [k for k in KINDS if _present(k)]
+    if kind is None:
+        kind = present[0]
+    elif kind not in present:
+        raise UserError(f"device={kind!r}: not present on this machine{nearest(kind, present)}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    module(device).set_device(device)
+    return device
+
+
+def _present(kind: str) -> bool:
+    if kind == "npu":
+        if find_spec("torch_npu") is None:
+            return False
+        from . import npu
+
+        return npu.available()
+    return kind == "cpu" or torch.cuda.is_available()
+
+
+def module(device: torch.device) -> ModuleType:
+    """Return torch.npu, torch.cuda or torch.cpu."""
+    return torch.get_device_module(device)
+
+
+def backend(device: torch.device) -> str:
+    """Return the process-group backend: the device's own collectives, and gloo for host tensors."""
+    name = {"npu": "hccl", "cuda": "nccl"}.get(device.type)
+    return f"cpu:gloo,{device.type}:{name}" if name else "gloo"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work queued on the device is done."""
+    if device.type != "cpu":
+        module(device).synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of ``peak_memory``."""
+    if device.type != "cpu":
+        module(device).reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes allocated on the device since the last reset; on CPU the process's peak resident size."""
+    if device.type != "cpu":
+        return int(module(device).max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def name(device: torch.device) -> str:
+    """Return the hardware's name, such as ``NVIDIA H200`` or the CPU's model and thread count."""
+    if device.type != "cpu":
+        return str(module(device).get_device_name(device))
+    model = "CPU"
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    return f"{model} x{os.cpu_count()}"
+
+
+def profiler(device: torch.device) -> ModuleType:
+    """Return the profiler module for the device: torch.profiler, or torch_npu.profiler on an NPU."""
+    if device.type == "npu":
+        from . import npu
+
+        return npu.profiler()
+    return torch.profiler
+
+
+def record_memory(device: torch.device) -> bool:
+    """Begin recording allocations for ``memory_snapshot``; False where the device has no allocator history."""
+    if device.type == "cpu":
+        return False
+    module(device).memory._record_memory_history(max_entries=100_000)
+    return True
+
+
+def memory_snapshot(device: torch.device, path: Path) -> bool:
+    """Write the recorded allocations to ``path`` and stop recording; False where there is none."""
+    if device.type == "cpu":
+        return False
+    module(device).memory._dump_snapshot(str(path))
+    module(device).memory._record_memory_history(enabled=None)
+    return True
+
+
+def be_deterministic() -> None:
+    """Make reruns bit-identical: deterministic kernels only, one autotuning result, fixed workspaces."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

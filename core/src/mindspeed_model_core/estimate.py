@@ -1,0 +1,330 @@
+"""How much memory a recipe needs on each device, told from the network on meta before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .model import Batch, Model, State, Trunk
+from .parallel.apply import COMPUTE, MASTER, check
+from .parallel.placement import placements
+from .parallel.tensor import TensorParallel
+from .recipe import ParallelConfig, Recipe
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    ``weights`` is what the forward pass computes with, ``optimizer`` AdamW's two moments and, where they are not the
+    weights themselves, the master weights. ``activations`` is what blocks keep for backward over the micro-batches in
+    flight, ``head`` the same for what follows the last block, with one fp32 gradient of its largest tensor.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe needs on ``world`` devices; ``memory`` is of pipeline stage ``stage``, the one that needs most."""
+
+    parameters: int
+    world: int
+    tp: int
+    pp: int
+    dp: int
+    stage: int
+    memory: Memory
+    notes: tuple[str, ...]
+
+    def table(self) -> Table:
+        """Return the memory as a table for people."""
+        layout = f"tp {self.tp} x pp {self.pp} x dp {self.dp}"
+        where = f", stage {self.stage} of 0-{self.pp - 1}, which needs most" if self.pp > 1 else ""
+        table = Table(
+            title=f"Memory per device on {self.world} ({layout}{where})", title_justify="left", box=None, pad_edge=False
+        )
+        table.add_column("what", style="bold")
+        table.add_column("GiB", justify="right")
+        for name in ("weights", "gradients", "optimizer", "activations", "head", "total"):
+            table.add_row(name, f"{getattr(self.memory, name) / GIB:,.3g}", end_section=name == "head")
+        return table
+
+
+def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
+    """Return the parameter count, exact, and the memory per device, estimated, of a recipe on ``world`` devices.
+
+    Weights, gradients and optimizer states follow the parameters' placements and shapes exactly. Activations are the
+    bytes one block saves for backward on a micro-batch of the task's synthetic data, run on meta as tensor-parallel
+    rank 0, taken to hold for every block. Raises UserError where the network cannot be cut this way.
+    """
+    parallel = recipe.parallel
+    with torch.device("meta"):
+        net = model.build(model.config(recipe))
+    check(net, parallel, world)
+    parameters = sum(p.numel() for p in net.parameters())
+    dp = world // (parallel.tp * parallel.pp)
+    steps = max(1, recipe.global_batch // (recipe.micro_batch * dp))
+    _narrow(net, parallel)
+    activations = _activations(net, recipe, model)
+    stages = [
+        _stage(net, recipe, stage, dp, world > 1, min(parallel.pp - stage, steps), activations)
+        for stage in range(parallel.pp)
+    ]
+    worst = max(range(parallel.pp), key=lambda stage: stages[stage].total)
+    return Estimate(
+        parameters, world, parallel.tp, parallel.pp, dp, worst, stages[worst], tuple(_notes(recipe, world, steps))
+    )
+
+
+def _notes(recipe: Recipe, world: int, steps: int) -> Iterable[str]:
+    yield (
+        "Parameters are counted exactly. Activations are what one block keeps for backward, times the blocks held and "
+        "the micro-batches in flight, with attention and norms as the fused kernels keep them and each sequence as one "
+        "document."
+    )
+    left_out = "the device's runtime and communication buffers, short-lived temporaries, and memory lost to gaps"
+    yield f"Not counted: {left_out}; leave 10-20 % free."
+    if recipe.parallel.shard != "none" and world == 1:
+        yield f"parallel.shard={recipe.parallel.shard} has nothing to share out on one device; plan for more with --nproc."
+    if recipe.parallel.pp > 1 and steps < recipe.parallel.pp:
+        yield f"{steps} micro-batches a step do not fill {recipe.parallel.pp} pipeline stages; raise global_batch."
+
+
+def _narrow(net: Trunk, parallel: ParallelConfig) -> None:
+    """Cut the network on meta to what tensor-parallel rank 0 holds, its layers to run without other ranks."""
+    if parallel.tp == 1:
+        return
+    modules = dict(net.named_modules())
+    for name, placement in list(placements(net)):
+        owner, _, leaf = name.rpartition(".")
+        whole = modules[owner].get_parameter(leaf)
+        setattr(modules[owner], leaf, nn.Parameter(placement.narrow(whole.detach(), 0, parallel.tp)))
+    alone = _Alone(None, 0, parallel.tp, parallel.sequence)
+    for module in net.modules():
+        if hasattr(module, "placements"):
+            module.tp = alone  # type: ignore[assignment]
+    net.sequence_ranks = parallel.tp if parallel.sequence else 1
+
+
+class _Alone(TensorParallel):
+    """Rank 0 without its group: shapes and what is kept for backward are the real ones, values are nobody's."""
+
+    def column(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _Column.apply(x, weight, bias, self.size if self.sequence else 1)
+
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = self._reduce(F.linear(x, weight))
+        return y if bias is None else y + bias
+
+    def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        mine = tokens < weight.shape[0]
+        return self._reduce(F.embedding(tokens, weight) * mine[:, None])
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.repeat(1, self.size)
+
+    def _reduce(self, y: Tensor) -> Tensor:
+        return y.narrow(0, 0, len(y) // self.size).clone() if self.sequence else y
+
+
+class _Column(torch.autograd.Function):
+    """A linear layer that keeps its input as it came and gathers the other ranks' tokens anew in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ranks: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(len(x) * ranks, *x.shape[1:-1], len(weight))
+
+
+class _Attention(torch.autograd.Function):
+    """Scaled dot-product attention as fused kernels keep it: q, k, v, the output and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, rows = q.shape[:3]
+        out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(batch, heads, rows, dtype=torch.float32))
+        return out
+
+
+class _Norm(torch.autograd.Function):
+    """RMS norm as fused kernels keep it: the input and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+class _Fused(TorchFunctionMode):
+    """Within it, PyTorch's attention and norm keep what their fused kernels do; on meta they run decomposed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        if func is F.rms_norm:
+            return _Norm.apply(args[0], args[2] if len(args) > 2 else (kwargs or {}).get("weight"))
+        return func(*args, **(kwargs or {}))
+
+
+class Saved:
+    """Counts what autograd keeps for backward inside a ``with`` block: each storage once, ``known`` ones not at all."""
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        self._known = {t.untyped_storage()._cdata: t for t in known}
+        self._held: dict[int, tuple[Tensor, int]] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Held, so that no later tensor is made at the same address.
+        self._held[storage._cdata] = (tensor.detach(), storage.nbytes())
+        return tensor
+
+    def __enter__(self) -> Saved:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """One tensor of each storage counted."""
+        return [tensor for key, (tensor, _) in self._held.items() if key not in self._known]
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all storages counted."""
+        return sum(size for key, (_, size) in self._held.items() if key not in self._known)
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Bytes for one micro-batch: a block's, its input's alone, what all blocks share, the embedding's, the head's."""
+
+    block: int
+    entry: int
+    shared: int
+    first: int
+    last: int
+
+
+def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
+    one = recipe.model_copy(update={"global_batch": recipe.micro_batch})
+    task = model.task(one, model.config(recipe))
+    batch = _on_meta(next(iter(task.synthetic(0, 1)))[0])
+    net.to(COMPUTE[recipe.precision])
+    weights = list(net.parameters())
+    with _Fused():
+        context = net.context(batch)
+        shared = {t.untyped_storage()._cdata: t for t in _tensors(context)}
+        known = [*weights, *shared.values(), *_tensors(batch)]
+        with Saved(known) as first:
+            state = net.embed(batch, context)
+        state = _entering(state)
+        with Saved(known) as block:
+            state = net.step(0, next(net.blocks.children()), state, context)
+        state = _entering(state)
+        with Saved(known) as last:
+            net.finish(state, context)
+    logits = max((t.numel() for t in last.tensors), default=0)
+    return _Activations(
+        block=block.bytes,
+        entry=sum(t.nbytes for t in state.values()),
+        shared=sum(t.untyped_storage().nbytes() for t in shared.values()),
+        first=first.bytes,
+        last=last.bytes + 4 * logits,
+    )
+
+
+def _entering(state: State) -> State:
+    """Return a State as a block receives it: tensors of their own that want a gradient."""
+    return {name: torch.empty_like(t).requires_grad_(t.is_floating_point()) for name, t in state.items()}
+
+
+def _on_meta(batch: Batch) -> Batch:
+    out = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if "lengths" in out:
+        out["lengths"] = (sum(out["lengths"]),)
+    return out
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _stage(
+    net: Trunk, recipe: Recipe, stage: int, dp: int, spread: bool, flight: int, activations: _Activations
+) -> Memory:
+    """Return the memory of one pipeline stage of a network already cut by tensor parallelism."""
+    pp = recipe.parallel.pp
+    per = len(net.blocks) // pp
+    blocks = [list(block.parameters()) for block in list(net.blocks.children())[stage * per : (stage + 1) * per]]
+    first, last = stage == 0, stage == pp - 1
+    absent = (() if first else net.first) + (() if last else net.last) + ("blocks",)
+    rest = [p for name, p in net.named_parameters() if name.split(".")[0] not in absent]
+    again = {"none": 0, "all": per}.get(str(recipe.recompute), recipe.recompute)
+    again = min(int(again), per)
+    a = activations
+    kept = (per - again) * a.block + again * a.entry + a.shared + (a.first if first else 0)
+    memory = replace(
+        _states(blocks, rest, recipe, dp, spread),
+        activations=flight * kept + (a.block if again else 0),
+        head=a.last if last else 0,
+    )
+    return memory
+
+
+def _states(
+    blocks: list[list[nn.Parameter]], rest: list[nn.Parameter], recipe: Recipe, dp: int, spread: bool
+) -> Memory:
+    """Return weights, gradients and optimizer states as ``parallel.apply`` and ``optim`` lay them out.
+
+    Without ZeRO, weights are in the compute dtype, gradients in the master's, and a master of another dtype is apart.
+    With it (FSDP2), masters, moments and reduced gradients are shards; zero1 and zero2 hold all weights gathered, zero1
+    also all gradients, in fp32, while it accumulates; zero3 holds two blocks gathered and what is in no block.
+    """
+    compute, master = COMPUTE[recipe.precision].itemsize, MASTER[recipe.precision].itemsize
+    everything = [p for block in blocks for p in block] + rest
+    whole = _count(everything)
+    shard = recipe.parallel.shard
+    if shard == "none" or not spread:
+        apart = master if master != compute else 0
+        return Memory(compute * whole, master * whole, (apart + 2 * master) * whole, 0, 0)
+    own = sum(-(-p.shape[0] // dp) * (p.numel() // p.shape[0]) for p in everything if p.numel())
+    gathered = whole
+    if shard == "zero3":
+        gathered = sum(sorted((_count(b) for b in blocks), reverse=True)[:2]) + _count(rest)
+    accumulates = recipe.global_batch > recipe.micro_batch * dp
+    gradients = master * own + (max(master, 4) * whole if shard == "zero1" and accumulates else 0)
+    return Memory(compute * gathered, gradients, 3 * master * own, 0, 0)
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+

@@ -1,0 +1,51 @@
+"""Both ends of a language model: token embedding and vocabulary head."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..parallel.placement import Placement
+from ..parallel.tensor import TensorParallel
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors; tensor parallelism shares out its rows."""
+
+    tp: TensorParallel | None = None
+
+    def placements(self) -> dict[str, Placement]:
+        """Return the rows' placement."""
+        return {"weight": Placement(0)}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map int64 ``[tokens]`` to ``[tokens, width]`` (this rank's tokens, with sequence parallelism)."""
+        if self.tp is None:
+            return F.embedding(tokens, self.weight)
+        return self.tp.embed(tokens, self.weight)
+
+
+class VocabHead(nn.Module):
+    """The last projection: logits without labels, per-token negative log-likelihood with them."""
+
+    tp: TensorParallel | None = None
+
+    def __init__(self, width: int, vocab: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(width, vocab, bias=False).weight.detach())
+
+    def placements(self) -> dict[str, Placement]:
+        """Return the vocabulary rows' placement."""
+        return {"weight": Placement(0)}
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return ``[tokens, vocab]`` logits, or the loss of each token ``[tokens]`` in fp32 or wider."""
+        if self.tp is None:
+            logits = F.linear(x, self.weight)
+            return logits if labels is None else ops.cross_entropy(logits, labels)
+        logits = self.tp.column(x, self.weight, None)
+        if labels is None:
+            return self.tp.gather(logits)
+        start = self.tp.rank * self.weight.shape[0]
+        return ops.cross_entropy(logits, labels, start=start, group=self.tp.group)

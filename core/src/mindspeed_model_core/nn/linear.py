@@ -1,0 +1,52 @@
+"""A linear layer that tensor parallelism may cut along its output or its input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..parallel.placement import Placement
+from ..parallel.tensor import TensorParallel
+
+
+class Linear(nn.Linear):
+    """``y = x W^T + b``. ``split="out"`` shares out output features, ``split="in"`` input features, None neither.
+
+    ``parts`` are sizes of projections stacked in the output (q, k, v), each shared out on its own; ``unit`` is the
+    smallest block that must stay whole, such as a head's width.
+    """
+
+    tp: TensorParallel | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        split: Literal["out", "in"] | None = None,
+        parts: tuple[int, ...] = (),
+        unit: int = 1,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.split, self.parts, self.unit = split, parts, unit
+
+    def placements(self) -> dict[str, Placement]:
+        """Return where each parameter's elements live."""
+        if self.split == "out":
+            cut = Placement(0, self.parts, self.unit)
+            return {"weight": cut, "bias": cut}
+        if self.split == "in":
+            partial = self.tp is not None and self.tp.sequence
+            return {"weight": Placement(1, unit=self.unit), "bias": Placement(partial=partial)}
+        return {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[tokens, in]`` to ``[tokens, out]``; under TP one of the two is this rank's share."""
+        if self.tp is None or self.split is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.split == "out":
+            return self.tp.column(x, self.weight, self.bias)
+        return self.tp.row(x, self.weight, self.bias)

@@ -1,0 +1,42 @@
+"""Scaled dot-product attention over documents packed back to back."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True) -> Tensor:
+    """Attend within each document; scores are scaled by 1/sqrt(head width), softmax is in fp32 or wider.
+
+    ``q`` is ``[tokens, heads, width]``, ``k`` and ``v`` are ``[tokens, kv_heads, width]``; ``heads`` is a multiple of
+    ``kv_heads`` and ``lengths`` sums to ``tokens``. Returns ``[tokens, heads, width]``.
+    """
+    if len(set(lengths)) == 1:
+        return _equal(q, k, v, len(lengths), causal)
+    if varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        return _packed(q, k, v, lengths, causal)
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_equal(a, b, c, 1, causal) for a, b, c in parts])
+
+
+def _equal(q: Tensor, k: Tensor, v: Tensor, documents: int, causal: bool) -> Tensor:
+    a, b, c = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(a, b, c, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool) -> Tensor:
+    ends = torch.tensor((0, *lengths)).cumsum(0).to(device=q.device, dtype=torch.int32, non_blocking=True)
+    repeat = q.shape[1] // k.shape[1]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    longest = max(lengths)
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window)

@@ -1,0 +1,162 @@
+"""Turns a whole network on meta into this process's part of it, in one order for all models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ..errors import UserError
+from ..model import Trunk
+from ..recipe import ParallelConfig, Precision
+from .mesh import Mesh
+from .placement import placements
+from .shard import Gradients, Shard, collect
+from .tensor import TensorParallel
+
+COMPUTE = {"bf16": torch.bfloat16, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+MASTER = {"bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class Parallel:
+    """A network spread over the mesh: the module to run, its shards, and how its gradients are gathered."""
+
+    def __init__(self, net: Trunk, mesh: Mesh, parallel: ParallelConfig, shards: dict[str, Shard], compute: torch.dtype) -> None:
+        self.net, self.mesh, self.config, self.shards, self.compute = net, mesh, parallel, shards, compute
+        self.gradients = Gradients(shards, mesh)
+
+    @property
+    def loss_scale(self) -> int:
+        """Return what the loss is multiplied by because FSDP2 averages over data ranks where a sum is wanted."""
+        return self.mesh.dp if isinstance(self.net, FSDPModule) else 1
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Between micro-batches, keep what the ZeRO stage does not shard: weights (1, 2) and gradients (1)."""
+        net, stage = self.net, self.config.shard
+        if not isinstance(net, FSDPModule) or stage == "zero3":
+            yield
+            return
+        net.set_requires_gradient_sync(stage == "zero2")
+        net.set_reshard_after_backward(False)
+        yield
+        net.set_requires_gradient_sync(True)
+        net.set_reshard_after_backward(True)
+
+    def sync_only_last(self, index: int, count: int) -> AbstractContextManager[None]:
+        """Return ``no_sync`` for all but the last of ``count`` micro-batches."""
+        return nullcontext() if index == count - 1 else self.no_sync()
+
+
+def check(net: Trunk, parallel: ParallelConfig, world: int) -> None:
+    """Raise UserError when the network cannot be cut this way; needs no process group."""
+    if world % (parallel.tp * parallel.pp):
+        raise UserError(
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = {parallel.tp * parallel.pp} does not divide the "
+            f"{world} processes"
+        )
+    blocks = len(net.blocks)
+    if blocks % parallel.pp:
+        fits = [n for n in range(1, blocks + 1) if blocks % n == 0]
+        raise UserError(f"parallel.pp={parallel.pp}: does not divide the {blocks} blocks; valid: {_list(fits)}")
+    shapes = {n: p.shape for n, p in net.named_parameters()}
+    for name, placement in placements(net):
+        if placement.dim is None:
+            continue
+        for part in placement.parts or (shapes[name][placement.dim],):
+            units = part // placement.unit
+            if units % parallel.tp:
+                fits = [n for n in range(1, units + 1) if units % n == 0]
+                what = "heads" if placement.unit > 1 else "features"
+                raise UserError(
+                    f"parallel.tp={parallel.tp}: does not divide the {units} {what} of {name}; valid: {_list(fits)}"
+                )
+
+
+def _list(values: list[int]) -> str:
+    shown = [str(v) for v in values[:12]]
+    return ", ".join(shown) + (", ..." if len(values) > 12 else "")
+
+
+def parallelize(
+    net: Trunk, mesh: Mesh, parallel: ParallelConfig, *, precision: Precision = "fp32", recompute: str | int = "none"
+) -> Parallel:
+    """Cut a whole network on meta for this process and give it memory; values are still to be written.
+
+    The order is: narrow (tensor parallel), keep the own stage (pipeline), recompute, shard (ZeRO), materialise.
+    """
+    check(net, parallel, mesh.world)
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    _narrow(net, mesh, parallel)
+    _keep_stage(net, mesh)
+    net.recompute = {"none": 0, "all": len(net.blocks)}.get(str(recompute), recompute)  # type: ignore[assignment]
+    sharded = parallel.shard != "none" and bool(mesh.groups)
+    compute, master = COMPUTE[precision], MASTER[precision]
+    _cast(net, master if sharded else compute)
+    if sharded:
+        _shard(net, mesh, parallel, compute, master)
+    net.to_empty(device=mesh.device)
+    return Parallel(net, mesh, parallel, collect(net, mesh, shapes, master_dtype=master), compute)
+
+
+def _cast(net: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
+    if mesh.tp == 1:
+        return
+    tp = TensorParallel(mesh.groups["tp"], mesh.tp_rank, mesh.tp, parallel.sequence)
+    for module in net.modules():
+        if not hasattr(module, "placements"):
+            continue
+        for name, placement in module.placements().items():
+            parameter = getattr(module, name)
+            if parameter is not None and placement.dim is not None:
+                share = placement.narrow(parameter.detach(), mesh.tp_rank, mesh.tp)
+                setattr(module, name, nn.Parameter(share))
+        module.tp = tp  # type: ignore[assignment]
+    net.sequence_ranks = mesh.tp if parallel.sequence else 1
+
+
+def _keep_stage(net: Trunk, mesh: Mesh) -> None:
+    if mesh.pp == 1:
+        return
+    per = len(net.blocks) // mesh.pp
+    mine = range(mesh.pp_rank * per, (mesh.pp_rank + 1) * per)
+    for name in [n for n, _ in net.blocks.named_children() if int(n) not in mine]:
+        del net.blocks._modules[name]
+    for name in (() if mesh.pp_rank == 0 else net.first) + (() if mesh.is_last_stage else net.last):
+        delattr(net, name)
+
+
+def _shard(net: Trunk, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtype, master: torch.dtype) -> None:
+    axis = DeviceMesh.from_group(mesh.groups["dp"], mesh.device.type)
+    reduced = torch.float32 if master == torch.bfloat16 else master
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False)
+    free = parallel.shard == "zero3"
+    for block in net.blocks.children():
+        fully_shard(block, mesh=axis, reshard_after_forward=free, mp_policy=policy)
+    fully_shard(net, mesh=axis, reshard_after_forward=False, mp_policy=policy)
+
+
+def initialise(parallel: Parallel, seed: int) -> None:
+    """Give every parameter its random initial value; the same whole network under any layout."""
+    device = parallel.mesh.device
+    for name, shard in parallel.shards.items():
+        generator = torch.Generator(device).manual_seed(_seed(seed, name))
+        whole = torch.empty(shard.shape, dtype=torch.float32, device=device)
+        with torch.no_grad():
+            parallel.net.initialise(name, whole, generator)
+        shard.write(shard.placement.narrow(whole, shard.tp_rank, shard.tp))
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+

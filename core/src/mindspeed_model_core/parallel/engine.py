@@ -1,0 +1,144 @@
+"""megatron-core behind this project's own words: the only module that imports it.
+
+Topology (``parallel_state``), the autograd collectives of tensor and sequence parallelism, and the 1F1B pipeline
+schedule. Checked with megatron-core 0.12 to 0.16. megatron is imported when a function first needs it, after the
+facade is in place, so that a single device never pays for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import facade
+
+
+def initialise(tp: int, pp: int, device: torch.device) -> None:
+    """Split the initialised default process group into tensor, pipeline and data-parallel groups."""
+    facade.install(device)
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+
+
+def finalise() -> None:
+    """Destroy the groups made by ``initialise``."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def groups() -> dict[str, Any]:
+    """Return the process groups of this rank, by axis: tp, pp, dp."""
+    from megatron.core import parallel_state as state
+
+    return {
+        "tp": state.get_tensor_model_parallel_group(),
+        "pp": state.get_pipeline_model_parallel_group(),
+        "dp": state.get_data_parallel_group(),
+    }
+
+
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
+    """Linear over shared-out output features; backward adds up the input gradient over ranks.
+
+    With ``sequence`` the input's tokens are gathered first and its gradient is scattered back.
+    """
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+    return linear_with_grad_accumulation_and_async_allreduce(
+        input=x,
+        weight=weight,
+        bias=bias,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=not sequence,
+        sequence_parallel=sequence,
+        tp_group=groups()["tp"],
+    )
+
+
+def reduce(x: Tensor, sequence: bool) -> Tensor:
+    """Add up over tensor-parallel ranks; with ``sequence`` each rank keeps its share of the tokens (dim 0)."""
+    from megatron.core.tensor_parallel import mappings
+
+    if sequence:
+        return mappings.reduce_scatter_to_sequence_parallel_region(x)
+    return mappings.reduce_from_tensor_model_parallel_region(x)
+
+
+def gather_features(x: Tensor) -> Tensor:
+    """Join the ranks' slices of the last dim."""
+    from megatron.core.tensor_parallel import mappings
+
+    return mappings.gather_from_tensor_model_parallel_region(x)
+
+
+class _Stage:
+    """What the schedule asks of a model chunk."""
+
+    share_embeddings_and_output_weights = False
+    vp_stage = None
+
+    def __init__(self, config: Any, model_type: Any) -> None:
+        self.config, self.model_type = config, model_type
+        self.input: Tensor | None = None
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self.input = tensor[0] if isinstance(tensor, list) else tensor
+
+
+def one_f_one_b(
+    step: Callable[[Any, Tensor | None], Tensor],
+    batches: list[Any],
+    *,
+    last: bool,
+    shapes: list[tuple[int, int]],
+    dtype: torch.dtype,
+    pp: int,
+    no_sync: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Run forward and backward of all micro-batches through the pipeline, one forward one backward.
+
+    ``step(batch, received)`` returns what the stage hands on ``[rows, width]``, or on the last stage the scalar to
+    differentiate. ``shapes`` are the (rows, width) at the stage boundary, one a micro-batch; where they differ each
+    transfer is preceded by its shape. Gradients are reduced only outside ``no_sync``.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+    from megatron.core.transformer import TransformerConfig
+
+    rows, width = shapes[0]
+    config = TransformerConfig(
+        num_layers=pp,
+        hidden_size=width,
+        num_attention_heads=1,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=len(set(shapes)) > 1,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,
+    )
+    config.no_sync_func = no_sync
+    stage = _Stage(config, ModelType.encoder_or_decoder)
+
+    def forward(source: Iterator[Any], model: _Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        received = None if model.input is None else model.input.squeeze(1)
+        out = step(next(source), received)
+        count = torch.ones((), dtype=torch.int, device=out.device)
+        return (out if last else out.unsqueeze(1)), lambda loss: (loss, count, {})
+
+    with facade.active():
+        forward_backward_pipelining_without_interleaving(
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=stage,
+            num_microbatches=len(batches),
+            seq_length=rows,
+            micro_batch_size=1,
+            forward_only=False,
+        )

@@ -1,0 +1,105 @@
+"""The axes processes are arranged along: tp fastest, then dp, then pp."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import device as devices
+from ..errors import UserError
+from ..recipe import ParallelConfig
+from . import engine
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place: sizes, ranks and groups along tp, pp and dp. Without a process group all sizes are 1."""
+
+    device: torch.device
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    tp_rank: int = 0
+    pp_rank: int = 0
+    dp_rank: int = 0
+    groups: dict[str, Any] = field(default_factory=dict)
+    host_group: Any = None
+
+    @property
+    def world(self) -> int:
+        """Return the number of processes."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def rank(self) -> int:
+        """Return this process's global rank."""
+        return dist.get_rank() if self.groups else 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the last pipeline stage."""
+        return self.pp_rank == self.pp - 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's plain Python value, in rank order."""
+        if not self.groups:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value, group=self.host_group)
+        return out
+
+    def barrier(self) -> None:
+        """Wait for all processes, on the host."""
+        if self.groups:
+            dist.barrier(group=self.host_group)
+
+
+def launched() -> bool:
+    """Whether torchrun (or the like) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
+    """Join the process group named by torchrun's environment, if any, and arrange it as the recipe says."""
+    device = device or devices.pick()
+    if launched() and not dist.is_initialized():
+        dist.init_process_group(devices.backend(device), timeout=datetime.timedelta(minutes=30))
+    if not dist.is_initialized():
+        if parallel.tp * parallel.pp > 1:
+            raise UserError(
+                f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} needs {parallel.tp * parallel.pp} processes, "
+                f"there is 1; start with --nproc {parallel.tp * parallel.pp} or a multiple"
+            )
+        return Mesh(device)
+    world, model = dist.get_world_size(), parallel.tp * parallel.pp
+    if world % model:
+        raise UserError(
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = {model} does not divide the {world} processes; "
+            f"start a multiple of {model}"
+        )
+    engine.initialise(parallel.tp, parallel.pp, device)
+    groups = engine.groups()
+    host = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+    return Mesh(
+        device,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dp=world // model,
+        tp_rank=groups["tp"].rank(),
+        pp_rank=groups["pp"].rank(),
+        dp_rank=groups["dp"].rank(),
+        groups=groups,
+        host_group=host,
+    )
+
+
+def close_mesh(mesh: Mesh) -> None:
+    """Leave the process group."""
+    if mesh.groups:
+        engine.finalise()
+        dist.destroy_process_group()

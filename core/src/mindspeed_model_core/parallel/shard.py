@@ -1,0 +1,173 @@
+"""Every parameter as this process holds it: its share of the whole, its master copy and its gradient.
+
+Optimizer, clipping, checkpoints, random initialisation and weight files all work on ``Shard``, so they cannot
+disagree about where an element lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .mesh import Mesh
+from .placement import Placement, placements
+
+
+@dataclass
+class Shard:
+    """One parameter's share.
+
+    ``shape`` is the whole parameter's; tensor parallelism cuts it by ``placement``; data parallelism (FSDP2) then
+    takes ``rows`` of dim 0 of that. ``master`` is what the optimizer updates: the local tensor itself, or its fp32
+    copy where the parameter computes in bf16.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    placement: Placement
+    shape: torch.Size
+    tp_rank: int
+    tp: int
+    rows: tuple[int, int]
+    sharded: bool
+    counted: bool
+    master: Tensor
+    buffer: Tensor | None = None
+
+    @property
+    def local(self) -> Tensor:
+        """Return the parameter's storage on this process."""
+        return _local(self.parameter.detach())
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Return the accumulated gradient of this share, in the master's dtype."""
+        if self.buffer is not None:
+            return self.buffer
+        return None if self.parameter.grad is None else _local(self.parameter.grad)
+
+    def take(self, tp_local: Tensor) -> Tensor:
+        """Return this process's rows of a tensor already cut by tensor parallelism."""
+        return tp_local.narrow(0, *self.rows) if self.sharded else tp_local
+
+    def write(self, tp_local: Tensor) -> None:
+        """Set master and parameter from a tensor already cut by tensor parallelism."""
+        with torch.no_grad():
+            self.master.copy_(self.take(tp_local))
+            self.publish()
+
+    def publish(self) -> None:
+        """Copy the master into the parameter, where they are two."""
+        if self.master.data_ptr() != self.local.data_ptr():
+            self.local.copy_(self.master)
+
+    def rectangles(self) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+        """Yield (offset in the whole, slices of the local tensor) of each rectangle held here."""
+        cut = self.placement.dim if self.tp > 1 else None
+        size = self.shape[cut] if cut is not None else self.shape[0]
+        pieces = self.placement.pieces(size, self.tp_rank, self.tp) if cut is not None else [(0, size)]
+        start, count = self.rows
+        at = 0
+        for offset, length in pieces:
+            where = [0] * len(self.shape)
+            here = [slice(None)] * len(self.shape)
+            if cut in (None, 0):
+                low, high = max(at, start), min(at + length, start + count)
+                if high > low:
+                    where[0] = offset + low - at
+                    here[0] = slice(low - start, high - start)
+                    yield tuple(where), tuple(here)
+            elif count:
+                assert cut is not None
+                where[0], where[cut] = start, offset
+                here[cut] = slice(at, at + length)
+                yield tuple(where), tuple(here)
+            at += length
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def collect(net: nn.Module, mesh: Mesh, shapes: dict[str, torch.Size], *, master_dtype: torch.dtype) -> dict[str, Shard]:
+    """Return every parameter's Shard by name; ``shapes`` are the whole shapes before anything was cut."""
+    parameters = dict(net.named_parameters())
+    out = {}
+    for name, placement in placements(net):
+        parameter = parameters[name]
+        sharded = isinstance(parameter, DTensor)
+        local = _local(parameter.detach())
+        rows = (0, parameter.shape[0])
+        if sharded:
+            per = -(-parameter.shape[0] // mesh.dp)
+            rows = (min(mesh.dp_rank * per, parameter.shape[0]), local.shape[0])
+        counted = (placement.dim is not None or mesh.tp_rank == 0) and (sharded or mesh.dp_rank == 0)
+        same = local.dtype == master_dtype
+        master = local if same else torch.empty_like(local, dtype=master_dtype)
+        out[name] = Shard(
+            name, parameter, placement, shapes[name], mesh.tp_rank, mesh.tp, rows, sharded, counted, master
+        )  # fmt: skip
+    return out
+
+
+class Gradients:
+    """Accumulates and reduces gradients of parameters that data parallelism replicates, and of partial replicas.
+
+    FSDP2 reduces what it shards. What is left is summed here: fp32 (the master's dtype) buffers laid out as one flat
+    tensor, added to as each micro-batch's gradient becomes ready, and reduced once a step.
+    """
+
+    def __init__(self, shards: dict[str, Shard], mesh: Mesh) -> None:
+        self.shards, self.mesh = list(shards.values()), mesh
+        whole = [s for s in self.shards if not s.sharded]
+        self.flat: dict[torch.dtype, Tensor] = {}
+        split = {s.name: s for s in whole if s.master.dtype != s.parameter.dtype}
+        if mesh.dp > 1 or split:
+            self._lay_out(whole)
+        for shard in split.values():
+            shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
+
+    def _lay_out(self, shards: list[Shard]) -> None:
+        for dtype in {s.master.dtype for s in shards}:
+            mine = [s for s in shards if s.master.dtype == dtype]
+            flat = torch.zeros(sum(s.master.numel() for s in mine), dtype=dtype, device=self.mesh.device)
+            self.flat[dtype] = flat
+            for shard, part in zip(mine, flat.split([s.master.numel() for s in mine]), strict=True):
+                shard.buffer = part.view(shard.master.shape)
+                if shard.parameter.dtype == dtype:
+                    shard.parameter.grad = shard.buffer
+
+    def reduce(self) -> None:
+        """Sum over the ranks that each saw a part: data-parallel replicas, then partial tensor-parallel replicas."""
+        if self.mesh.dp > 1:
+            for flat in self.flat.values():
+                dist.all_reduce(flat, group=self.mesh.groups["dp"])
+        if self.mesh.tp > 1:
+            partial = [s.gradient for s in self.shards if s.placement.partial and s.gradient is not None]
+            if partial:
+                joined = torch.cat([g.reshape(-1) for g in partial])
+                dist.all_reduce(joined, group=self.mesh.groups["tp"])
+                for gradient, part in zip(partial, joined.split([g.numel() for g in partial]), strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+    def clear(self) -> None:
+        """Forget the step's gradients."""
+        for flat in self.flat.values():
+            flat.zero_()
+        for shard in self.shards:
+            if shard.buffer is None:
+                shard.parameter.grad = None
+
+
+def _accumulate_into(shard: Shard) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        assert shard.buffer is not None and parameter.grad is not None
+        shard.buffer.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook

@@ -1,0 +1,41 @@
+"""Tensor parallelism as layers see it: what to do at the edges of a region whose features are shared out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import engine
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share a layer. With ``sequence``, activations between regions are shared out by token (dim 0)."""
+
+    group: Any
+    rank: int
+    size: int
+    sequence: bool = False
+
+    def column(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply this rank's output features to all tokens."""
+        return engine.column_linear(x, weight, bias, self.sequence)
+
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply this rank's input features and add up over ranks; the bias is added once."""
+        y = engine.reduce(F.linear(x, weight), self.sequence)
+        return y if bias is None else y + bias
+
+    def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Look tokens up in a table whose rows are shared out."""
+        local = tokens - self.rank * weight.shape[0]
+        mine = (local >= 0) & (local < weight.shape[0])
+        found = F.embedding(local.clamp(0, weight.shape[0] - 1), weight) * mine[:, None]
+        return engine.reduce(found, self.sequence)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Join the ranks' features along the last dim."""
+        return engine.gather_features(x)

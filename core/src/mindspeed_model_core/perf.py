@@ -1,0 +1,366 @@
+"""Measure how fast a recipe trains, and say on what: hardware, stack, commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from . import device as devices
+from .errors import UserError
+from .model import Model
+from .recipe import Recipe
+from .task import Work
+
+CORE = "mindspeed-model-core"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most FLOP/s one device can do in a precision, and where the figure comes from."""
+
+    flops: float
+    source: str
+
+
+# Dense peaks per device; the first key found in the device's name decides, so longer names come first.
+# NVIDIA: data sheets, without sparsity. Ascend 910B: no data sheet gives it; it is what the incumbent's published
+# Llama-2 throughput and MFU imply together (373 to 378 TFLOP/s), and what makes our MFU comparable to theirs.
+_BF16: dict[str, tuple[float, str]] = {
+    "H100 PCIe": (756e12, "data sheet"),
+    "H200": (989e12, "data sheet"),
+    "H100": (989e12, "data sheet"),
+    "H800": (989e12, "data sheet"),
+    "A100": (312e12, "data sheet"),
+    "A800": (312e12, "data sheet"),
+    "910B": (376e12, "derived from published figures"),
+}
+# Without TF32, which PyTorch leaves off.
+_FP32: dict[str, tuple[float, str]] = {
+    "H100 PCIe": (51e12, "data sheet"),
+    "H200": (67e12, "data sheet"),
+    "H100": (67e12, "data sheet"),
+    "A100": (19.5e12, "data sheet"),
+    "A800": (19.5e12, "data sheet"),
+}
+_TABLES = {"bf16": _BF16, "bf16-pure": _BF16, "fp32": _FP32}
+_DTYPES = {"bf16": torch.bfloat16, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def known_peak(hardware: str, precision: str) -> Peak | None:
+    """Return the peak of the named hardware in a recipe's precision, or None when no table has it."""
+    for key, (flops, source) in _TABLES.get(precision, {}).items():
+        if key.lower() in hardware.lower():
+            return Peak(flops, source)
+    return None
+
+
+def measured_peak(device: torch.device, precision: str, *, repeats: int = 8) -> Peak:
+    """Return the FLOP/s of the best of ``repeats`` square matrix products in the recipe's compute dtype."""
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device).to(_DTYPES[precision])
+    best = float("inf")
+    for _ in range(repeats + 1):
+        devices.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, left)
+        devices.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return Peak(2 * size**3 / best, "measured matmul")
+
+
+def stack() -> str:
+    """Return the versions a speed depends on, such as ``torch 2.8.0, cuda 12.8, megatron-core 0.16.1, python 3.11``."""
+    found = [f"torch {torch.__version__}"]
+    if torch.version.cuda:
+        found.append(f"cuda {torch.version.cuda}")
+    for name in ("torch-npu", "megatron-core"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    cann = _cann()
+    if cann:
+        found.append(f"cann {cann}")
+    found.append(f"python {platform.python_version()}")
+    return ", ".join(found)
+
+
+def _cann() -> str | None:
+    home = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
+    if not home:
+        return None
+    for info in sorted(Path(home).glob("**/ascend_toolkit_install.info")):
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("version="):
+                return line.partition("=")[2].strip()
+    return None
+
+
+def commit(*packages: str) -> str | None:
+    """Return what code runs: the git commit its sources stand at, else the installed distributions' versions.
+
+    ``packages`` are import names; core is always one of them. A commit whose source folders hold changes, new files
+    included, ends in ``+dirty``. None when it cannot be told, for instance in a repository without a commit.
+    """
+    found: list[str] = []
+    for package in dict.fromkeys((*packages, __package__ or "mindspeed_model_core")):
+        each = _version(package)
+        if each is None:
+            return None
+        if each not in found:
+            found.append(each)
+    # One repository, one of whose packages is changed: the changed one says it all.
+    return " ".join(v for v in found if f"{v}+dirty" not in found)
+
+
+def _version(package: str) -> str | None:
+    file = importlib.import_module(package).__file__
+    if file is None:
+        return None
+    folder = Path(file).resolve().parent
+    if any((parent / ".git").exists() for parent in folder.parents):
+        ignored = _git(folder, "check-ignore", "-q", str(folder))
+        if ignored is None:
+            return None
+        # An environment inside a checkout is ignored by it: the checkout's commit is not the installed code's.
+        if ignored.returncode != 0:
+            head = _git(folder, "rev-parse", "--short=12", "HEAD")
+            status = _git(folder, "status", "--porcelain", "--", str(folder))
+            if head is None or status is None or head.returncode or status.returncode:
+                return None
+            return head.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
+    for name in metadata.packages_distributions().get(package, ()):
+        return f"{name}=={metadata.version(name)}"
+    return None
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str] | None:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measured speed with all that it needs to be believed; times in seconds, memory in bytes, rates per second.
+
+    ``step_s`` is the median step, ``quartiles`` the first and third; ``flops`` are model FLOP/s per device.
+    """
+
+    model: str
+    recipe: str
+    reproduces: str | None
+    digest: str
+    precision: str
+    device: str
+    hardware: str
+    devices: int
+    stack: str
+    commit: str | None
+    date: str
+    task_unit: str
+    steps: int
+    warmup: int
+    step_s: float
+    quartiles: tuple[float, float]
+    samples_per_s: float
+    units_per_s: float
+    flops: float
+    peak: Peak
+    peak_bytes: int
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over the device's peak, as a fraction; see ``peak.source`` for what the peak is."""
+        return self.flops / self.peak.flops
+
+    @property
+    def spread(self) -> float:
+        """The inter-quartile range of the step time over its median."""
+        return (self.quartiles[1] - self.quartiles[0]) / self.step_s
+
+    @property
+    def unit(self) -> str:
+        """The unit this task's speed is published in: samples/s and frames/s are global, tokens are per device."""
+        return {"tokens": "tokens/s/device", "frames": "frames/s"}.get(self.task_unit, "samples/s")
+
+    def value(self, unit: str | None = None) -> float | None:
+        """Return the speed in a unit, by default the task's own; None where this task cannot be told in it."""
+        values = {"samples/s": self.samples_per_s, "% MFU": 100 * self.mfu}
+        if self.task_unit == "tokens":
+            values["tokens/s/device"] = self.units_per_s / self.devices
+        if self.task_unit == "frames":
+            values["frames/s"] = self.units_per_s
+        return values.get(unit or self.unit)
+
+
+class _Clock:
+    """Marks between steps: events in the device's queue, so that marking never waits; on CPU the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self._device.type == "cpu":
+            self._marks.append(time.perf_counter())
+            return
+        event = devices.module(self._device).Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Return the time of each step; the device must be synchronised."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self._device.type == "cpu":
+            return [b - a for a, b in pairs]
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+
+
+def measure(
+    recipe: Recipe,
+    model: Model,
+    *,
+    steps: int = 10,
+    warmup: int = 3,
+    session: Callable[[Recipe, Model], Any] | None = None,
+) -> Measurement:
+    """Train ``steps`` optimizer steps on synthetic data after ``warmup`` untimed ones, and return the median's speed.
+
+    The device is synchronised only where the timed window begins and ends. Every rank calls it and every rank gets
+    the same result: a step takes as long as on its slowest rank. ``session`` opens what is stepped (``step()`` and
+    ``work``); by default the trainer's own Session with synthetic data.
+    """
+    if steps < 1 or warmup < 0:
+        raise UserError(f"steps={steps}, warmup={warmup}: measure needs steps of 1 or more and warmup of 0 or more")
+    opened = (session or _session)(recipe, model)
+    device = getattr(opened, "device", None) or devices.pick()
+    for _ in range(warmup):
+        opened.step()
+    devices.synchronize(device)
+    if _ranks() > 1:
+        dist.barrier()
+    devices.reset_peak_memory(device)
+    clock, works = _Clock(device), []
+    clock.mark()
+    for _ in range(steps):
+        opened.step()
+        clock.mark()
+        works.append(opened.work)
+    devices.synchronize(device)
+    *seconds, peak_bytes = _slowest([*clock.seconds(), float(devices.peak_memory(device))])
+    hardware = devices.name(device)
+    peak = known_peak(hardware, recipe.precision)
+    if peak is None:
+        peak = measured_peak(device, recipe.precision)
+        peak = Peak(_slowest([peak.flops])[0], peak.source)
+    return _summarise(
+        recipe, model, device.type, hardware, works, seconds, warmup, peak, int(peak_bytes), _task_unit(opened)
+    )
+
+
+def _summarise(
+    recipe: Recipe,
+    model: Model,
+    kind: str,
+    hardware: str,
+    works: Sequence[Work],
+    seconds: Sequence[float],
+    warmup: int,
+    peak: Peak,
+    peak_bytes: int,
+    task_unit: str,
+) -> Measurement:
+    ranks = _ranks()
+    pairs = list(zip(works, seconds, strict=True))
+    return Measurement(
+        model=model.name,
+        recipe=recipe.name,
+        reproduces=recipe.reproduces,
+        digest=recipe.digest(),
+        precision=recipe.precision,
+        device=kind,
+        hardware=hardware,
+        devices=ranks,
+        stack=stack(),
+        commit=commit(model.package),
+        date=datetime.date.today().isoformat(),
+        task_unit=task_unit,
+        steps=len(seconds),
+        warmup=warmup,
+        step_s=statistics.median(seconds),
+        quartiles=_quartiles(seconds),
+        samples_per_s=statistics.median(w.samples / s for w, s in pairs),
+        units_per_s=statistics.median(w.units / s for w, s in pairs),
+        flops=statistics.median(w.flops / s for w, s in pairs) / ranks,
+        peak=peak,
+        peak_bytes=peak_bytes,
+    )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _session(recipe: Recipe, model: Model) -> Any:
+    from .train import Session
+
+    return Session(recipe, model, synthetic=True)
+
+
+def _task_unit(session: Any) -> str:
+    return str(session.task.unit)
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _slowest(values: list[float]) -> list[float]:
+    """Return each value's maximum over all ranks."""
+    if _ranks() == 1:
+        return values
+    both = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return [float(v) for v in both]
+
+
+def summary(measured: Measurement) -> Table:
+    """Return a measurement as a table of two columns, for people."""
+    from .chart import short
+
+    m = measured
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    low, high = m.quartiles
+    table.add_row("recipe", f"{m.model} {m.recipe} ({m.digest})")
+    table.add_row("hardware", f"{m.devices} x {m.hardware}")
+    table.add_row("stack", m.stack)
+    table.add_row("commit", m.commit or "unknown")
+    table.add_row("step", f"{m.step_s:.4g} s median of {m.steps}, quartiles {low:.4g} to {high:.4g} s")
+    table.add_row("speed", f"{short(m.value() or 0, 4)} {m.unit}, {short(m.samples_per_s, 4)} samples/s in all")
+    table.add_row("model FLOPs", f"{short(m.flops, 4)}FLOP/s per device")
+    table.add_row("MFU", f"{m.mfu:.1%} of {short(m.peak.flops)}FLOP/s ({m.peak.source})")
+    table.add_row("peak memory", f"{m.peak_bytes / 2**30:.2f} GiB per device")
+    return table

@@ -1,0 +1,253 @@
+"""A recipe: what to train and how, as values. YAML files become frozen pydantic models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from .errors import UserError, nearest
+
+Precision = Literal["bf16", "bf16-pure", "fp32", "fp64"]
+
+
+class Section(BaseModel):
+    """A frozen group of recipe fields; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def local(default: Any, **kwargs: Any) -> Any:
+    """Declare a field that belongs to one run or machine and does not enter the recipe's digest."""
+    return Field(default, json_schema_extra={"digest": False}, **kwargs)
+
+
+class ParallelConfig(Section):
+    """How the work is spread; the data-parallel size is what is left of the world size."""
+
+    tp: PositiveInt = Field(1, description="tensor-parallel size")
+    sequence: bool = Field(False, description="split activations between TP regions along the sequence")
+    pp: PositiveInt = Field(1, description="pipeline stages (1F1B)")
+    shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
+        "none", description="what data parallelism shards: optimizer states, gradients too, weights too"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sequence and self.tp == 1:
+            raise ValueError("sequence=true needs tp of 2 or more; set parallel.sequence=false or raise parallel.tp")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of lr")
+
+
+class CheckpointConfig(Section):
+    """When a run saves itself."""
+
+    every: PositiveInt | None = local(None, description="steps between saves; null: only at the end and on SIGTERM")
+    keep: PositiveInt = local(2, description="how many of the newest checkpoints stay on disk")
+    background: bool = local(True, description="write while training goes on")
+
+
+class ProfileConfig(Section):
+    """A window of steps recorded with the device's profiler, readable by TensorBoard."""
+
+    start: int | None = local(None, ge=1, description="first profiled step; null: off")
+    stop: int | None = local(None, ge=1, description="last profiled step")
+    ranks: tuple[int, ...] = local((0,))
+    memory: bool = local(False, description="also write a memory snapshot")
+    stacks: bool = local(False, description="record Python stacks")
+    shapes: bool = local(False, description="record input shapes")
+
+    @model_validator(mode="after")
+    def _check(self) -> ProfileConfig:
+        if self.start and (self.stop or self.start) < self.start:
+            raise ValueError(f"stop={self.stop} is before start={self.start}")
+        return self
+
+
+class MetricsConfig(Section):
+    """What is written while training."""
+
+    every: PositiveInt = local(1, description="steps between records")
+    trackers: tuple[str, ...] | None = local(
+        None, description="accelerate's trackers: tensorboard, wandb, ...; null: tensorboard when it is installed"
+    )
+
+
+class Recipe(Section):
+    """Everything that decides a training run. Models subclass it to type ``data`` and their own sections."""
+
+    name: str = local("unnamed", description="the recipe's file name")
+    description: str = local("")
+    reproduces: str | None = local(None, description="id of the row of perf_baselines/published.csv this recipe repeats")
+    preset: str = Field(description="a published size of the model")
+    config: dict[str, Any] = Field(default_factory=dict, description="changes to the preset's fields")
+    init_from: str | None = local(None, description="a hub folder or an original release; null: random weights")
+    steps: PositiveInt = Field(1000)
+    seed: int = 0
+    global_batch: PositiveInt = Field(8, description="samples per optimizer step, over all devices")
+    micro_batch: PositiveInt = Field(1, description="samples per forward pass on one device")
+    precision: Precision = Field(
+        "bf16", description="bf16: fp32 master weights, fp32 gradient reduction; bf16-pure: bf16 throughout"
+    )
+    recompute: Literal["none", "all"] | int = Field("none", description="blocks recomputed in backward: the first N")
+    deterministic: bool = False
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    def digest(self) -> str:
+        """Return 12 hex digits that change exactly when a field that changes the work does."""
+        text = json.dumps(_work(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML that loads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _work(section: BaseModel) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("digest") is False:
+            continue
+        value = getattr(section, name)
+        out[name] = _work(value) if isinstance(value, BaseModel) else section.model_dump(mode="json")[name]
+    return out
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def names(package: str) -> list[str]:
+    """Return the names of the recipes shipped with a model package."""
+    folder = resources.files(package) / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load(kind: type[R], package: str, name: str, overrides: tuple[str, ...] | list[str] = ()) -> R:
+    """Read a shipped recipe by name, or a YAML file by path, apply ``key=value`` overrides and validate.
+
+    Raises UserError naming the key, the value and the nearest valid choice.
+    """
+    values = _read(package, name, ())
+    values["name"] = Path(name).stem
+    for text in overrides:
+        key, eq, raw = text.partition("=")
+        if not eq or not key:
+            raise UserError(f"override {text!r}: write key=value, for example parallel.tp=2")
+        try:
+            value = yaml.safe_load(raw) if raw else None
+        except yaml.YAMLError:
+            value = raw
+        _assign(kind, values, key, value)
+    return validate(kind, values, f"recipe {name}")
+
+
+def validate(kind: type[R], values: dict[str, Any], where: str) -> R:
+    """Build a section from plain values; the first mistake becomes a one-line UserError."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(kind, error)}") from None
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        owner = _section(kind, path[:-1])
+        return f"{key}={first['input']!r}: unknown key{nearest(path[-1], owner.model_fields)}"
+    if first["type"] == "missing":
+        return f"{key}: this field is required"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        field = _section(kind, path[:-1]).model_fields.get(path[-1])
+        choices = get_args(field.annotation) if field else ()
+        return f"{key}={first['input']!r}: {message}{nearest(first['input'], choices) if choices else ''}"
+    value = first["input"] if not isinstance(first["input"], (dict, BaseModel)) else "..."
+    return f"{key}={value!r}: {message}" if key else message
+
+
+def _section(kind: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    for part in path:
+        field = kind.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        kind = inner
+    return kind
+
+
+def _assign(kind: type[BaseModel], values: dict[str, Any], key: str, value: Any) -> None:
+    *path, leaf = key.split(".")
+    here: type[BaseModel] | None = kind
+    for part in [*path, leaf]:
+        if here is None:
+            break
+        if part not in here.model_fields:
+            raise UserError(f"{key}={value!r}: unknown key {part!r}{nearest(part, here.model_fields)}")
+        inner = here.model_fields[part].annotation
+        here = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    for part in path:
+        child = values.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{key}={value!r}: {part!r} is a value, not a section")
+        values = child
+    values[leaf] = value
+
+
+def _read(package: str, name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"recipe {name}: no such file")
+        text = path.read_text(encoding="utf-8")
+    else:
+        shipped = names(package)
+        if name not in shipped:
+            raise UserError(f"recipe {name!r}: not found{nearest(name, shipped)}; a path must end in .yaml")
+        text = (resources.files(package) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {name}: expected a mapping of fields, got {type(values).__name__}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if parent in seen or parent == name:
+        raise UserError(f"recipe {name}: extends {parent!r} in a circle: {' -> '.join([*seen, name, parent])}")
+    if path.parent != Path(".") and str(parent).endswith(".yaml"):
+        parent = str(path.parent / parent)
+    return _merge(_read(package, parent, (*seen, name)), values)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in top.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out

@@ -1,0 +1,1 @@
+"""What tests of core and of every model package share."""

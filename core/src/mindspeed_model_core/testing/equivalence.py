@@ -1,0 +1,128 @@
+"""Trains a network for a few steps under a layout and returns everything that must not depend on the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..model import Batch, Trunk
+from ..optim import AdamW
+from ..parallel import apply, pipeline
+from ..parallel.mesh import open_mesh
+from ..parallel.shard import Shard
+from ..recipe import OptimConfig, ParallelConfig, Precision
+from ..task import Task
+from .dist import run_dist
+from .tolerance import assert_close
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tp": 2}),
+    "tp4": (4, {"tp": 4}),
+    "tp2-sequence": (2, {"tp": 2, "sequence": True}),
+    "pp2": (2, {"pp": 2}),
+    "pp4": (4, {"pp": 4}),
+    "dp2": (2, {}),
+    "dp2-zero1": (2, {"shard": "zero1"}),
+    "dp2-zero2": (2, {"shard": "zero2"}),
+    "dp2-zero3": (2, {"shard": "zero3"}),
+    "tp2-sequence-pp2-dp2-zero3": (8, {"tp": 2, "sequence": True, "pp": 2, "shard": "zero3"}),
+    "tp2-pp2-dp2-zero1": (8, {"tp": 2, "pp": 2, "shard": "zero1"}),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: ``batches(step)`` are the micro-batches of one optimizer step, over all data ranks."""
+
+    build: Callable[[], Trunk]
+    task: Task
+    batches: Callable[[int], list[Batch]]
+    steps: int = 4
+    precision: Precision = "fp64"
+    recompute: str | int = "none"
+
+
+Pieces = dict[str, list[tuple[tuple[int, ...], Tensor]]]
+
+
+@dataclass
+class Trace:
+    """Loss and gradient norm of each step, the first step's gradients and the last parameters, as held here."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: Pieces = field(default_factory=dict)
+    parameters: Pieces = field(default_factory=dict)
+
+
+def trace(job: Job, layout: dict[str, Any]) -> Trace:
+    """Train in this process (one of several, if a process group is up) and return what it holds."""
+    config = ParallelConfig(**layout)
+    mesh = open_mesh(config, torch.device("cpu"))
+    with torch.device("meta"):
+        net = job.build()
+    parallel = apply.parallelize(net, mesh, config, precision=job.precision, recompute=job.recompute)
+    apply.initialise(parallel, seed=7)
+    optimizer = AdamW(parallel, OptimConfig(lr=1e-2, clip=0.5))
+    out = Trace()
+    for step in range(job.steps):
+        batches = job.batches(step)[mesh.dp_rank :: mesh.dp]
+        count = torch.tensor(float(sum(job.task.count(b) for b in batches)))
+        if mesh.groups:
+            dist.all_reduce(count, group=mesh.groups["dp"])
+        loss = pipeline.run(parallel, batches, job.task.loss, count)
+        if not (mesh.is_last_stage and mesh.tp_rank == 0):
+            loss = loss * 0
+        if mesh.groups:
+            dist.all_reduce(loss)
+        parallel.gradients.reduce()
+        if step == 0:
+            out.gradients = _pieces(parallel.shards, lambda s: s.gradient)
+        out.norms.append(float(optimizer.step(1e-2)))
+        parallel.gradients.clear()
+        out.losses.append(float(loss / count))
+    out.parameters = _pieces(parallel.shards, lambda s: s.master)
+    return out
+
+
+def _pieces(shards: dict[str, Shard], of: Callable[[Shard], Tensor | None]) -> Pieces:
+    out: Pieces = {}
+    for name, shard in shards.items():
+        tensor = of(shard)
+        assert tensor is not None, f"{name} has no gradient"
+        out[name] = [(at, tensor[here].detach().clone()) for at, here in shard.rectangles()]
+    return out
+
+
+def whole(parts: list[Pieces], like: Pieces) -> dict[str, Tensor]:
+    """Join what all ranks hold; elements nobody holds come out as nan, where ranks disagree the furthest one stays."""
+    out = {name: torch.full_like(pieces[0][1], float("nan")) for name, pieces in like.items()}
+    for part in parts:
+        for name, pieces in part.items():
+            want = like[name][0][1]
+            for at, value in pieces:
+                here = tuple(slice(a, a + n) for a, n in zip(at, value.shape, strict=True))
+                old = out[name][here]
+                worse = old.isnan() | ((value - want[here]).abs() > (old - want[here]).abs())
+                out[name][here] = torch.where(worse, value, old)
+    return out
+
+
+def assert_equivalent(job: Job, world: int, layout: dict[str, Any], tolerance: float) -> None:
+    """Fail unless ``world`` processes under ``layout`` train as one process does: losses, gradients, parameters."""
+    alone = trace(job, {})
+    spread = run_dist(trace, world, job, layout)
+    for rank, got in enumerate(spread):
+        for what in ("losses", "norms"):
+            pairs = zip(getattr(got, what), getattr(alone, what), strict=True)
+            worst = max(abs(a - b) / abs(b) for a, b in pairs)
+            assert worst <= tolerance, f"rank {rank}: {what} differ by {worst:.2e} (allowed {tolerance:.0e})"
+    for what in ("gradients", "parameters"):
+        want = getattr(alone, what)
+        got = whole([getattr(t, what) for t in spread], want)
+        assert_close(got, {name: pieces[0][1] for name, pieces in want.items()}, tolerance)

@@ -1,0 +1,296 @@
+"""The tests every model package passes: subclass ModelSuite in the package's tests and fill in the attributes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import recipe as recipes
+from .. import train, weights
+from ..errors import UserError
+from ..model import Batch, Model, Trunk
+from ..parallel import apply
+from ..parallel.mesh import Mesh
+from ..recipe import ParallelConfig, Recipe
+from .dist import run_dist
+from .equivalence import LAYOUTS, Job, assert_equivalent, trace
+from .tolerance import FP32, FP64, assert_close
+
+CPU = torch.device("cpu")
+
+
+def open_net(model: Model, config: Any, source: Path | None = None) -> Trunk:
+    """Return a network on the CPU in fp32, with weights from a folder or random ones."""
+    with torch.device("meta"):
+        net = model.build(config)
+    parallel = apply.parallelize(net, Mesh(CPU), ParallelConfig())
+    if source is None:
+        apply.initialise(parallel, seed=3)
+    else:
+        weights.load(net, source, model)
+    return net
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Give every parameter random values far from any special ones (norm scales too)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.3 * noise)
+
+
+class ModelSuite:
+    """Subclass it as ``TestSuite`` and give the attributes and the four methods below."""
+
+    model: Model
+    variants: tuple[dict[str, Any], ...] = ({},)
+    """Changes to the ``tiny`` preset to check parity with."""
+    spread: dict[str, Any] = {}
+    """Changes to the ``tiny`` preset so that every layout divides it."""
+    layouts: dict[str, tuple[int, dict[str, Any]]] = LAYOUTS
+    parameter_counts: dict[str, int] = {}
+    """The published parameter count of each preset."""
+
+    def recipe(self, folder: Path, **changes: Any) -> Recipe:
+        """Return a recipe that trains the tiny preset on real small data made in ``folder``."""
+        raise NotImplementedError
+
+    def batch(self, config: Any, seed: int) -> Batch:
+        """Return a random batch of one size whose loss count depends on the seed."""
+        raise NotImplementedError
+
+    def reference(self, config: Any) -> nn.Module:
+        """Return the reference library's network of this configuration."""
+        raise NotImplementedError
+
+    def reference_run(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the reference's output, in the shape of ours, and its loss sum."""
+        raise NotImplementedError
+
+    def outputs(self, net: Trunk, batch: Batch) -> Tensor:
+        """Return our network's output for the batch, as ``reference_run`` gives it."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ unit
+
+    def config(self, **changes: Any) -> Any:
+        """Return the tiny preset with changes."""
+        tiny = self.model.presets["tiny"]
+        return type(tiny).model_validate({**tiny.model_dump(), **changes})
+
+    def job(self, **changes: Any) -> Job:
+        """Return four steps of eight micro-batches of the tiny preset."""
+        config = self.config(**self.spread)
+        task = self.model.task(self.recipe(Path(".")), config)
+        fields: dict[str, Any] = {
+            "build": lambda: self.model.build(config),
+            "task": task,
+            "batches": lambda step: [self.batch(config, 8 * step + i) for i in range(8)],
+        }
+        return Job(**{**fields, **changes})
+
+    def test_presets_have_their_published_size(self) -> None:
+        assert set(self.parameter_counts) == set(self.model.presets)
+        for name, count in self.parameter_counts.items():
+            with torch.device("meta"):
+                net = self.model.build(self.model.presets[name])
+            assert sum(p.numel() for p in net.parameters()) == count, name
+
+    def test_every_recipe_is_valid(self) -> None:
+        names = recipes.names(self.model.package)
+        assert names
+        for name in names:
+            recipe = self.model.load_recipe(name)
+            assert recipe.description, f"{name} says nothing of itself"
+            again = recipes.validate(self.model.recipe, json.loads(recipe.model_dump_json()), name)
+            assert again == recipe and again.digest() == recipe.digest()
+            with torch.device("meta"):
+                net = self.model.build(self.model.config(recipe))
+            world = recipe.parallel.tp * recipe.parallel.pp
+            apply.check(net, recipe.parallel, world)
+
+    def test_every_parameter_learns(self) -> None:
+        net, config = open_net(self.model, self.config()), self.config()
+        task = self.model.task(self.recipe(Path(".")), config)
+        batch = self.batch(config, 0)
+        task.loss(net(batch), batch).backward()  # type: ignore[arg-type]
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
+
+    def test_flops_are_those_executed(self) -> None:
+        config = self.config()
+        task = self.model.task(self.recipe(Path(".")), config)
+        batch = self.flops_batch(config)
+        net = open_net(self.model, config)
+        with FlopCounterMode(display=False) as counter:
+            task.loss(net(batch), batch).backward()  # type: ignore[arg-type]
+        executed = counter.get_total_flops()
+        assert abs(task.work(batch).flops / executed - 1) < 0.1, (task.work(batch).flops, executed)
+
+    def flops_batch(self, config: Any) -> Batch:
+        """Return a batch of full-length samples, whose FLOPs ``Task.work`` states."""
+        return self.batch(config, 0)
+
+    @pytest.mark.parametrize("recompute", ["all", 1])
+    def test_recompute_changes_nothing(self, recompute: str | int) -> None:
+        plain, again = trace(self.job(steps=1), {}), trace(self.job(steps=1, recompute=recompute), {})
+        assert plain.losses == again.losses
+        want = {n: p[0][1] for n, p in plain.gradients.items()}
+        assert_close({n: p[0][1] for n, p in again.gradients.items()}, want, 0.0)
+
+    def test_bf16_keeps_fp32_masters(self) -> None:
+        exact, mixed = trace(self.job(precision="fp32"), {}), trace(self.job(precision="bf16"), {})
+        assert all(abs(a / b - 1) < 0.02 for a, b in zip(mixed.losses, exact.losses, strict=True))
+        assert all(p[0][1].dtype == torch.float32 for p in mixed.parameters.values())
+        pure = trace(self.job(precision="bf16-pure"), {})
+        assert all(abs(a / b - 1) < 0.05 for a, b in zip(pure.losses, exact.losses, strict=True))
+        assert all(p[0][1].dtype == torch.bfloat16 for p in pure.parameters.values())
+
+    def test_resume_equals_an_uninterrupted_run(self, tmp_path: Path) -> None:
+        fields: dict[str, Any] = {"steps": 6, "checkpoint": {"every": 3, "keep": 9}}
+        recipe = self.recipe(tmp_path, **fields)
+        losses = self._train(recipe, tmp_path / "whole")
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
+        again = self._train(recipe, tmp_path / "cut", resume=True)
+        assert len(losses) == 6 and again == losses[3:]
+
+    def _train(self, recipe: Recipe, folder: Path, **options: Any) -> list[float]:
+        losses: list[float] = []
+        train.run(recipe, self.model, folder, watch=[lambda r: losses.append(r.loss)], **options)
+        return losses
+
+    def test_a_deterministic_run_repeats_bit_for_bit(self, tmp_path: Path) -> None:
+        recipe = self.recipe(tmp_path, steps=3, deterministic=True)
+        try:
+            first, second = (self._train(recipe, tmp_path / name) for name in ("a", "b"))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert first == second
+
+    def test_a_checkpoint_of_another_network_is_refused(self, tmp_path: Path) -> None:
+        recipe = self.recipe(tmp_path, steps=1)
+        train.run(recipe, self.model, tmp_path / "run")
+        info = next((tmp_path / "run" / "checkpoints").glob("*/run.json"))
+        info.write_text(info.read_text().replace(f'"model": "{self.model.name}"', '"model": "other"'))
+        with pytest.raises(UserError, match="other"):
+            train.run(recipe, self.model, tmp_path / "run", resume=True)
+
+    def test_a_run_folder_in_use_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "precious").touch()
+        with pytest.raises(UserError, match="--resume"):
+            train.run(self.recipe(tmp_path, steps=1), self.model, tmp_path / "run")
+        assert (tmp_path / "run" / "precious").exists()
+
+    # ---------------------------------------------------------------- parity
+
+    @pytest.mark.parity
+    def test_equals_the_reference(self, tmp_path: Path) -> None:
+        """Output, loss and every gradient equal the reference library's; weights and gradients pass through files."""
+        for number, changes in enumerate(self.variants):
+            config = self.config(**changes)
+            theirs = self.reference(config)
+            randomise(theirs)
+            folder = tmp_path / f"weights-{number}"
+            theirs.save_pretrained(folder)  # type: ignore[operator]
+            net = open_net(self.model, config, folder)
+            batch = self.batch(config, 1)
+            want, loss = self.reference_run(theirs, batch)
+            with torch.no_grad():
+                assert_close({"output": self.outputs(net, batch)}, {"output": want}, FP32)
+            ours = self.model.task(self.recipe(tmp_path), config).loss(net(batch), batch)  # type: ignore[arg-type]
+            assert_close({"loss": ours.detach()}, {"loss": loss.detach()}, FP32)
+            ours.backward()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in theirs.parameters():
+                    assert parameter.grad is not None
+                    parameter.copy_(parameter.grad)
+            theirs.save_pretrained(tmp_path / f"gradients-{number}")  # type: ignore[operator]
+            gradients = open_net(self.model, config, tmp_path / f"gradients-{number}")
+            got = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+            assert_close(got, {n: p.detach() for n, p in gradients.named_parameters()}, FP32)
+
+    @pytest.mark.parity
+    def test_an_exported_folder_is_the_reference(self, tmp_path: Path) -> None:
+        """Weights saved in the hub layout load into the reference with none missing, and give the same output."""
+        config = self.config()
+        net = open_net(self.model, config)
+        randomise(net, seed=5)
+        hub = self.model.layouts[0]
+        weights.save(net.named_parameters(), config, hub, tmp_path / "hub")
+        kind = type(self.reference(config))
+        theirs, report = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        batch = self.batch(config, 2)
+        with torch.no_grad():
+            want, _ = self.reference_run(theirs.float(), batch)
+            assert_close({"output": self.outputs(net, batch)}, {"output": want}, FP32)
+
+    @pytest.mark.parity
+    def test_layouts_round_trip(self, tmp_path: Path) -> None:
+        """From each layout to each other and back, every byte of every weight returns."""
+        config = self.config()
+        net = open_net(self.model, config)
+        randomise(net, seed=6)
+        want = {n: p.detach().clone() for n, p in net.named_parameters()}
+        for one, two in itertools.permutations(self.model.layouts, 2):
+            base = tmp_path / f"{one.name}-{two.name}"
+            weights.save(net.named_parameters(), config, one, base / "a")
+            weights.convert(base / "a", base / "b", self.model, two.name, preset="tiny")
+            weights.convert(base / "b", base / "c", self.model, one.name, preset="tiny")
+            back = open_net(self.model, config, base / "c")
+            assert_close({n: p.detach() for n, p in back.named_parameters()}, want, 0.0)
+
+    # ------------------------------------------------------------------ dist
+
+    @pytest.mark.dist
+    def test_layouts_equal_one_process(self, layout: str) -> None:
+        """Loss, all gradients and four clipped optimizer steps, with token counts that differ between ranks."""
+        world, fields = self.layouts[layout]
+        assert_equivalent(self.job(), world, fields, FP64)
+
+    @pytest.mark.dist
+    def test_recompute_and_bf16_under_every_axis(self) -> None:
+        world, fields = self.layouts["tp2-sequence-pp2-dp2-zero3"]
+        assert_equivalent(self.job(recompute=1), world, fields, FP64)
+        assert_equivalent(self.job(precision="bf16", steps=1), world, fields, 0.05)
+
+    @pytest.mark.dist
+    def test_resumes_under_other_layouts(self, tmp_path: Path) -> None:
+        """A run saved under one layout goes on under five others as if it had not stopped."""
+        saved = (4, {"tp": 2, "shard": "zero2"})
+        others = [(1, {}), (2, {"pp": 2}), (2, {"tp": 2, "sequence": True}), (4, {"shard": "zero3"}),
+                  (4, {"tp": 2, "pp": 2})]  # fmt: skip
+        fields: dict[str, Any] = {
+            "steps": 4,
+            "precision": "fp64",
+            "config": self.spread,
+            "checkpoint": {"every": 2, "keep": 9},
+        }
+        recipe = self.recipe(tmp_path, **fields, parallel=saved[1])
+        losses = run_dist(self._train, saved[0], recipe, tmp_path / "run")[0]
+        for number, (world, layout) in enumerate(others):
+            folder = tmp_path / str(number)
+            shutil.copytree(tmp_path / "run", folder)
+            shutil.rmtree(folder / "checkpoints" / "step-00000004")
+            other = self.recipe(tmp_path, **fields, parallel=layout)
+            got = run_dist(self._train, world, other, folder, resume=True)[0]
+            assert len(got) == 2
+            assert all(abs(a - b) <= FP64 * abs(b) for a, b in zip(got, losses[2:], strict=True)), (layout, got, losses)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the layout test once for each of the suite's layouts; packages import this into their conftest."""
+    if "layout" in metafunc.fixturenames and metafunc.cls is not None:
+        metafunc.parametrize("layout", list(metafunc.cls.layouts))

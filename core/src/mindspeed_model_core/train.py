@@ -1,0 +1,334 @@
+"""The training loop: one for every model, every task and every parallel layout."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checkpoint, metrics, weights
+from . import device as devices
+from .errors import UserError
+from .metrics import Recorder, StepRecord
+from .model import Batch, Model
+from .optim import AdamW, learning_rate
+from .parallel import apply, pipeline
+from .parallel.mesh import Mesh, close_mesh, open_mesh
+from .profile import Profiler
+from .recipe import Recipe
+from .task import Work
+
+Watch = Callable[[StepRecord], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a training run ended: its last step and loss, and whether it did all its steps."""
+
+    step: int
+    loss: float | None
+    folder: Path
+    finished: bool
+
+
+@dataclass
+class _Totals:
+    """One step's sums over all processes, on their way from the device to the host."""
+
+    host: Tensor
+    ready: Any = None
+
+    def read(self) -> list[float]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.host.tolist()
+
+
+class Session:
+    """A network, its optimizer and its data on this process, advanced one optimizer step at a time."""
+
+    def __init__(self, recipe: Recipe, model: Model, mesh: Mesh, *, synthetic: bool = False) -> None:
+        self.recipe, self.model, self.mesh = recipe, model, mesh
+        _check_batch(recipe, mesh)
+        if recipe.deterministic:
+            devices.be_deterministic()
+        self.config = model.config(recipe)
+        self.task = model.task(recipe, self.config)
+        self.number = 0
+        open_data = self.task.synthetic if synthetic else self.task.data
+        self.loader = open_data(mesh.dp_rank, mesh.dp)
+        self.parallel = prepare(recipe, model, mesh)
+        self.optimizer = AdamW(self.parallel, recipe.optim)
+        self.stop_asked = False
+        self._batches: Iterator[list[Batch]] | None = None
+
+    def start(self) -> None:
+        """Give the network its first weights: from ``init_from``, or random."""
+        if self.recipe.init_from is None:
+            apply.initialise(self.parallel, self.recipe.seed)
+            return
+        shards = self.parallel.shards
+        weights.load(
+            self.parallel.net,
+            Path(self.recipe.init_from),
+            self.model,
+            tp_rank=self.mesh.tp_rank,
+            tp=self.mesh.tp,
+            write=lambda name, tensor: shards[name].write(tensor),
+        )
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint saved under any layout."""
+        info = checkpoint.load(path, self.parallel.shards, self.optimizer, self.mesh)
+        self.loader.load_state_dict(info["data"])
+        self.number = int(info["step"])
+
+    def step(self) -> _Totals:
+        """Do one optimizer step; return its loss sum, count, work and gradient norm without waiting for the device."""
+        recipe, mesh, task = self.recipe, self.mesh, self.task
+        if self._batches is None:
+            self._batches = iter(self.loader)
+        self.number += 1
+        torch.manual_seed(_stream(recipe.seed, self.number, mesh.dp_rank))
+        batches = next(self._batches)
+        count = self._global(sum(task.count(batch) for batch in batches))
+        work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
+        batches = [task.encode(_to(batch, mesh.device)) for batch in batches]
+        loss = pipeline.run(self.parallel, batches, task.loss, count)
+        self.parallel.gradients.reduce()
+        norm = self.optimizer.step(learning_rate(recipe.optim, self.number, recipe.steps))
+        self.parallel.gradients.clear()
+        return self._totals(loss, count, norm, work)
+
+    def _global(self, count: int) -> Tensor:
+        total = torch.tensor(float(max(count, 0)), device=self.mesh.device)
+        if self.mesh.dp > 1:
+            dist.all_reduce(total, group=self.mesh.groups["dp"])
+        return total.clamp_(min=1)
+
+    def _totals(self, loss: Tensor, count: Tensor, norm: Tensor, work: Work) -> _Totals:
+        """Add up over processes what each saw of the step; count, norm and the wish to stop are spread alike."""
+        mesh = self.mesh
+        speaks = mesh.is_last_stage and mesh.tp_rank == 0
+        dtype = torch.float64 if mesh.device.type == "cpu" else torch.float32
+        mine = [work.samples, work.units, work.flops] if speaks else [0.0, 0.0, 0.0]
+        host = torch.tensor([*mine, float(self.stop_asked)], dtype=dtype).to(mesh.device, non_blocking=True)
+        vector = torch.cat(((loss if speaks else torch.zeros_like(loss)).to(dtype)[None], host))
+        if mesh.groups:
+            dist.all_reduce(vector)
+        vector = torch.cat((vector, count.to(dtype)[None], norm.to(dtype)[None]))
+        if mesh.device.type == "cpu":
+            return _Totals(vector)
+        out = torch.empty(vector.shape, dtype=dtype, pin_memory=True)
+        out.copy_(vector, non_blocking=True)
+        event = devices.module(mesh.device).Event()
+        event.record()
+        return _Totals(out, event)
+
+    def info(self) -> dict[str, Any]:
+        """Return what a checkpoint says of itself beside the tensors; the same on every rank."""
+        position: dict[str, Any] = {}
+        for part in self.mesh.gather(self.loader.state_dict()):
+            position = _merge(position, part)
+        return {
+            "model": self.model.name,
+            "config": self.config.model_dump(mode="json"),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "digest": self.recipe.digest(),
+            "data": position,
+        }
+
+
+def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
+    """Build the recipe's network on meta and make this process's part of it; values are still to be written."""
+    with torch.device("meta"):
+        net = model.build(model.config(recipe))
+    return apply.parallelize(net, mesh, recipe.parallel, precision=recipe.precision, recompute=recipe.recompute)
+
+
+def run(
+    recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = False, watch: Sequence[Watch] = ()
+) -> Run:
+    """Train to the recipe's last step, or until SIGTERM; everything is written below ``run_dir``.
+
+    ``watch`` functions see each step's record on rank 0 and cannot change the run. Raises UserError for a run folder
+    in use (unless ``resume``), a checkpoint of another model, and whatever is wrong with recipe, data or weights.
+    """
+    mesh = open_mesh(recipe.parallel)
+    try:
+        return _run(recipe, model, mesh, Path(run_dir), resume, watch)
+    finally:
+        close_mesh(mesh)
+
+
+def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, watch: Sequence[Watch]) -> Run:
+    start = _starting_point(folder, resume, recipe, model)
+    session = Session(recipe, model, mesh)
+    if start is None:
+        session.start()
+    else:
+        session.resume(start)
+    mesh.barrier()
+    if mesh.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    saver = checkpoint.Checkpointer(
+        folder / "checkpoints", mesh, keep=recipe.checkpoint.keep, background=recipe.checkpoint.background
+    )
+    profiler = Profiler(recipe.profile, folder, mesh.rank, mesh.device)
+    recorder = Recorder(
+        folder,
+        recipe,
+        rank=mesh.rank,
+        resume_step=session.number if resume else None,
+        unit=session.task.unit,
+        device=mesh.device,
+        devices_used=mesh.world,
+    )
+    report = _Report(session, recorder, list(watch))
+    late = mesh.device.type != "cpu"
+    saved = session.number
+    stop = False
+    with _on_sigterm(session), recorder:
+        while session.number < recipe.steps and not stop:
+            with profiler.step(session.number + 1):
+                totals = session.step()
+            stop = report.take(session.number, totals, late=late)
+            if recipe.checkpoint.every and session.number % recipe.checkpoint.every == 0:
+                saver.save(session.number, session.parallel.shards, session.optimizer, session.info())
+                saved = session.number
+        report.flush()
+        if saved != session.number:
+            saver.save(session.number, session.parallel.shards, session.optimizer, session.info(), wait=True)
+        saver.wait()
+        profiler.close()
+    if mesh.rank == 0:
+        metrics.plot(folder)
+    return Run(session.number, report.loss, folder, session.number >= recipe.steps)
+
+
+@dataclass
+class _Report:
+    """Turns each step's totals into a record; on accelerators one step late, so that the host never waits."""
+
+    session: Session
+    recorder: Recorder
+    watch: list[Watch]
+    loss: float | None = None
+    pending: tuple[int, _Totals] | None = None
+    clock: float = field(default_factory=time.perf_counter)
+
+    def take(self, number: int, totals: _Totals, *, late: bool) -> bool:
+        """Hand over a step; return whether a step already read asks to stop."""
+        before, self.pending = self.pending, (number, totals)
+        if not late:
+            return self.flush()
+        return before is not None and self._tell(*before)
+
+    def flush(self) -> bool:
+        """Report the step still held back."""
+        held, self.pending = self.pending, None
+        return held is not None and self._tell(*held)
+
+    def _tell(self, number: int, totals: _Totals) -> bool:
+        loss, samples, units, flops, stop, count, norm = totals.read()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.loss = loss / count
+        recipe = self.session.recipe
+        record = StepRecord(
+            step=number,
+            loss=self.loss,
+            grad_norm=norm,
+            lr=learning_rate(recipe.optim, number, recipe.steps),
+            work=Work(round(samples), round(units), flops),
+            seconds=seconds,
+            memory=devices.peak_memory(self.session.mesh.device),
+        )
+        self.recorder.step(record)
+        if self.session.mesh.rank == 0:
+            for observe in self.watch:
+                observe(record)
+        return stop > 0
+
+
+def _starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> Path | None:
+    """Return the checkpoint to resume from, or None to start afresh; refuse a folder in use."""
+    if not resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: already holds a run; continue it with --resume, or name another with --run-dir")
+        return None
+    found = checkpoint.steps(folder / "checkpoints")
+    if not found:
+        return None
+    info = checkpoint.read_info(found[-1])
+    config = model.config(recipe).model_dump(mode="json")
+    if info["model"] != model.name:
+        raise UserError(f"{found[-1]}: is a checkpoint of model {info['model']!r}, the recipe trains {model.name!r}")
+    for key, value in config.items():
+        if info["config"].get(key) != value:
+            raise UserError(
+                f"{found[-1]}: config.{key} is {info['config'].get(key)!r} in the checkpoint and {value!r} in the recipe"
+            )
+    if info["recipe"]["global_batch"] != recipe.global_batch:
+        raise UserError(
+            f"global_batch={recipe.global_batch}: the run was saved with {info['recipe']['global_batch']}; "
+            "its data position holds only for that"
+        )
+    return found[-1]
+
+
+def _check_batch(recipe: Recipe, mesh: Mesh) -> None:
+    share = recipe.micro_batch * mesh.dp
+    if recipe.global_batch % share:
+        nearby = max(share, round(recipe.global_batch / share) * share)
+        raise UserError(
+            f"global_batch={recipe.global_batch}: not a multiple of micro_batch={recipe.micro_batch} x {mesh.dp} data "
+            f"ranks = {share}; nearest: {nearby}"
+        )
+
+
+class _on_sigterm:
+    """Ask the session to save and stop on SIGTERM, inside a block."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.before: Any = None
+
+    def __enter__(self) -> None:
+        try:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # not in the main thread: the caller's handler stays
+            self.before = None
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.session.stop_asked = True
+
+
+def _stream(seed: int, step: int, rank: int) -> int:
+    """Return the seed of one step on one data rank: random state is a function of the position, never saved."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _merge(into: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    out = dict(into)
+    for key, value in part.items():
+        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out

@@ -1,0 +1,70 @@
+"""Next-token prediction on packed documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspeed_model_core.data import IGNORE, Loader, PackedText, RandomText
+from mindspeed_model_core.model import Batch
+from mindspeed_model_core.recipe import Recipe
+from mindspeed_model_core.task import Unit, Work
+from torch import Tensor
+
+from .config import Llama2Config
+from .data import Llama2Data, open_tokenizer
+
+
+class Llama2Recipe(Recipe):
+    """A Llama-2 pre-training recipe."""
+
+    data: Llama2Data = Llama2Data()
+
+
+class NextToken:
+    """Cross entropy of each token given those before it in its document."""
+
+    unit: Unit = "tokens"
+
+    def __init__(self, recipe: Llama2Recipe, config: Llama2Config) -> None:
+        self.recipe, self.config = recipe, config
+
+    def data(self, rank: int, ranks: int) -> Loader:
+        """Open the recipe's text for one data rank."""
+        return PackedText(self.recipe.data, open_tokenizer(self.recipe, self.config), **self._order(rank, ranks))
+
+    def synthetic(self, rank: int, ranks: int) -> Loader:
+        """Return random tokens in documents of the recipe's mean length."""
+        return RandomText(self.recipe.data, self.config.vocab_size, **self._order(rank, ranks))
+
+    def _order(self, rank: int, ranks: int) -> dict[str, Any]:
+        r = self.recipe
+        return dict(global_batch=r.global_batch, micro_batch=r.micro_batch, seed=r.seed, rank=rank, ranks=ranks)
+
+    def encode(self, batch: Batch) -> Batch:
+        """Return the batch unchanged: text has no encoder."""
+        return batch
+
+    def count(self, batch: Batch) -> int:
+        """Return how many tokens have a label."""
+        return int((batch["labels"] != IGNORE).sum())
+
+    def work(self, batch: Batch) -> Work:
+        """Return samples, tokens and training FLOPs, counting attention in full over the sequence length.
+
+        That is the convention of the published MFU figures; packed documents and the causal mask do less.
+        """
+        tokens, length = len(batch["tokens"]), self.recipe.data.sequence_length
+        return Work(tokens // length, tokens, 3 * forward_flops(self.config, length) * (tokens / length))
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the sum of the per-token losses the network computed."""
+        return output.sum()
+
+
+def forward_flops(config: Llama2Config, length: int) -> float:
+    """Return the multiply-adds, times two, of one forward pass over one sequence: projections, attention, head."""
+    d, hd, f = config.hidden_size, config.head_dim, config.intermediate_size
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    weights = 2 * d * heads * hd + 2 * d * kv * hd + 3 * d * f
+    block = 2 * length * weights + 4 * length**2 * heads * hd
+    return float(config.num_hidden_layers * block + 2 * length * d * config.vocab_size)

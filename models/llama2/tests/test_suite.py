@@ -1,0 +1,71 @@
+"""Llama-2 against core's suite and transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mindspeed_model_core.model import Batch, Trunk
+from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_llama2 import MODEL
+from mindspeed_model_llama2.task import Llama2Recipe
+from text import corpus
+from torch import Tensor, nn
+
+LENGTH = 24
+
+
+class TestSuite(ModelSuite):
+    model = MODEL
+    variants = ({}, {"num_key_value_heads": 4})
+    spread = {"num_key_value_heads": 4}
+    parameter_counts = {"7b": 6738415616, "13b": 13015864320, "70b": 68976648192, "tiny": 249152}
+
+    def recipe(self, folder: Path, **changes: Any) -> Llama2Recipe:
+        fields: dict[str, Any] = {
+            "preset": "tiny",
+            "precision": "fp32",
+            "steps": 4,
+            "global_batch": 4,
+            "data": {**corpus(folder), "sequence_length": LENGTH},
+            "metrics": {"trackers": ()},
+        }
+        return Llama2Recipe(**{**fields, **changes})
+
+    def batch(self, config: Any, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, config.vocab_size, (LENGTH,), generator=generator)
+        first = int(torch.randint(5, LENGTH - 5, (), generator=generator))
+        labels = tokens.roll(-1)
+        labels[first - 1] = labels[-1] = -100
+        if seed % 3 == 0:
+            labels[: first // 2] = -100
+        positions = torch.cat((torch.arange(first), torch.arange(LENGTH - first)))
+        return {"tokens": tokens, "labels": labels, "positions": positions, "lengths": (first, LENGTH - first)}
+
+    def flops_batch(self, config: Any) -> Batch:
+        batch = self.batch(config, 0)
+        return {**batch, "positions": torch.arange(LENGTH), "lengths": (LENGTH,)}
+
+    def reference(self, config: Any) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        fields = config.model_dump(exclude={"rope_theta"})
+        theirs = LlamaConfig(
+            **fields, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, use_cache=False
+        )
+        return LlamaForCausalLM._from_config(theirs, attn_implementation="eager")
+
+    def reference_run(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run each document alone: what packing must equal."""
+        logits, loss = [], torch.zeros(())
+        documents = zip(batch["tokens"].split(batch["lengths"]), batch["labels"].split(batch["lengths"]), strict=True)
+        for tokens, labels in documents:
+            out = network(input_ids=tokens[None]).logits[0]
+            logits.append(out)
+            loss = loss + nn.functional.cross_entropy(out.float(), labels, ignore_index=-100, reduction="sum")
+        return torch.cat(logits), loss
+
+    def outputs(self, net: Trunk, batch: Batch) -> Tensor:
+        return net({key: value for key, value in batch.items() if key != "labels"})  # type: ignore[return-value]

@@ -1,0 +1,348 @@
+"""Everything this repository can do, one command each.
+
+A session in brackets belongs to one package: nox -s "unit(llama2)". Without brackets it runs for every package that
+has it: nox -s unit. Packages are found by their folders, models/*/pyproject.toml. What follows "--" is handed on:
+nox -s "unit(llama2)" -- -k rope -x. All sessions share one environment, .nox/dev, which is made on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+DEV = ROOT / ".nox" / "dev"
+CONSTRAINTS = ROOT / "constraints.txt"
+PYTHONS = ((3, 10), (3, 13))  # from, below: requires-python of every package
+
+MODELS = {p.parent.name: p.parent for p in sorted(ROOT.glob("models/[a-z]*/pyproject.toml"))}
+TEMPLATE = {"template": ROOT / "models" / "_template"}  # tested like a model, never released
+PACKAGES = {"core": ROOT / "core", **MODELS, **TEMPLATE}
+RELEASED = {"core": ROOT / "core", **MODELS}
+
+nox.needs_version = ">=2025.2.9"
+nox.options.envdir = str(ROOT / ".nox")
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "types", "tests"]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every forked test process would compile torch again
+os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+
+# Small tensors on few cores: threads only get in each other's way, and tests of compilation ask for it themselves.
+TEST_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def cells(packages: dict[str, Path]) -> list[object]:
+    """Return one nox parameter per package, addressed by the package's name."""
+    return [nox.param(name, id=name) for name in packages]
+
+
+def module(package: str) -> str:
+    """Return the import name of a package: every package names it after its folder."""
+    return f"mindspeed_model_{package}"
+
+
+def having(tier: str) -> dict[str, Path]:
+    """Return the packages with tests of a tier: a folder of that name, the mark, or core's suite for models."""
+    out = {}
+    for name, folder in PACKAGES.items():
+        texts = [f.read_text(encoding="utf-8") for f in folder.glob("tests/**/*.py")]
+        in_suite = tier == "dist" or (tier == "parity" and any("def reference" in t for t in texts))
+        suite = in_suite and any("ModelSuite" in t for t in texts)
+        if suite or (folder / "tests" / tier).is_dir() or any(f"mark.{tier}" in t for t in texts):
+            out[name] = folder
+    return out
+
+
+def run(session: nox.Session, *args: str, codes: tuple[int, ...] = (0,), **env: str) -> None:
+    """Run a program of the shared environment."""
+    where = f"{DEV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    program, *rest = args
+    session.run(
+        str(DEV / "bin" / program), *rest, external=True, success_codes=codes, env={"PATH": where, **TEST_ENV, **env}
+    )
+
+
+def pytest(session: nox.Session, *args: str) -> None:
+    """Run pytest in the shared environment; a folder whose tests are all deselected is not a failure."""
+    run(session, "python", "-m", "pytest", *args, *session.posargs, codes=(0, 5))
+
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+
+def stamp() -> dict[str, object]:
+    """Return what the shared environment is made from."""
+    digest = hashlib.sha256(f"{ROOT} {sys.version}".encode())
+    for file in [ROOT / "pyproject.toml", CONSTRAINTS, *(p / "pyproject.toml" for p in PACKAGES.values())]:
+        digest.update(file.read_bytes())
+    return {"sha256": digest.hexdigest(), "packages": sorted(PACKAGES)}
+
+
+@nox.session(reuse_venv=True)
+def dev(session: nox.Session) -> None:
+    """Make or refresh .nox/dev: every package editable, and the tools; at once when nothing changed."""
+    if not PYTHONS[0] <= sys.version_info[:2] < PYTHONS[1]:
+        session.error(
+            f"this is Python {sys.version_info.major}.{sys.version_info.minor}; the packages need 3.10, 3.11 or 3.12: "
+            "install nox with one of these, for example python3.12 -m pip install nox"
+        )
+    seal, want = DEV / "packages.json", stamp()
+    have = json.loads(seal.read_text()) if seal.is_file() else {}
+    if have == want:
+        return
+    seal.unlink(missing_ok=True)
+    gone = sorted(set(have.get("packages", [])) - set(PACKAGES))
+    if gone:
+        session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", *(f"mindspeed-model-{n}" for n in gone))
+    groups = nox.project.dependency_groups(
+        nox.project.load_toml(ROOT / "pyproject.toml"), "dev", "lint", "types", "release"
+    )
+    options = ["--no-compile", "--quiet", "--constraint", str(CONSTRAINTS)]
+    # The backend first and once, instead of one isolated build environment for each package.
+    session.install(*options, *(g for g in groups if g.startswith("poetry-core")))
+    editables = [a for folder in PACKAGES.values() for a in ("--editable", str(folder))]
+    session.install(*options, "--no-build-isolation", *editables, *groups)
+    seal.write_text(json.dumps(want))
+
+
+# --- run it ----------------------------------------------------------------------------------------------------------
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("model", cells({n: p for n, p in MODELS.items() if any(p.glob("src/*/demo.py"))}))
+def demo(session: nox.Session, model: str) -> None:
+    """Train a tiny model on real text, resume it, export, compare, generate: on CPU, in about three minutes."""
+    run(session, "python", "-m", f"{module(model)}.demo", *session.posargs)
+
+
+# --- test it ---------------------------------------------------------------------------------------------------------
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("package", cells({"repository": ROOT, **PACKAGES}))
+def tests(session: nox.Session, package: str) -> None:
+    """Run every test that needs no accelerator; with a package's name, that package's whole CI."""
+    folder = ROOT if package == "repository" else PACKAGES[package]
+    pytest(session, str(folder / "tests"), "-m", "not device and not npu and not docs", "--durations=5")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("package", cells(PACKAGES))
+def unit(session: nox.Session, package: str) -> None:
+    """Run the tests of one process, in seconds."""
+    pytest(session, str(PACKAGES[package] / "tests"), "-m", "unit")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("package", cells(having("dist")))
+def dist(session: nox.Session, package: str) -> None:
+    """Run the tests of 2 to 8 processes on this machine's CPU: equal to the single process."""
+    pytest(session, str(PACKAGES[package] / "tests"), "-m", "dist")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("package", cells(having("parity")))
+def parity(session: nox.Session, package: str) -> None:
+    """Compare outputs and gradients with the reference implementation, through saved files."""
+    pytest(session, str(PACKAGES[package] / "tests"), "-m", "parity")
+
+
+def accelerator(session: nox.Session) -> str:
+    """Return the accelerator's type, or skip the session and say why."""
+    code = "from mindspeed_model_core import device; print(device.kind())"
+    found = session.run(str(DEV / "bin" / "python"), "-c", code, external=True, silent=True, env=TEST_ENV)
+    kind = str(found).split()[-1]
+    if kind == "cpu":
+        session.skip(
+            "no accelerator on this machine (neither an Ascend NPU with torch_npu nor CUDA): nothing was tested"
+        )
+    return kind
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("package", cells(having("device")))
+def device(session: nox.Session, package: str) -> None:
+    """Run the tests that need a real accelerator; skipped, saying so, where there is none."""
+    session.log(f"accelerator: {accelerator(session)}")
+    pytest(session, str(PACKAGES[package] / "tests"), "-m", "device")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+@nox.parametrize("model", cells(MODELS))
+def perf(session: nox.Session, model: str) -> None:
+    """Measure a model's recipes and compare with perf_baselines/: nox -s "perf(llama2)" -- RECIPE [key=value ...]."""
+    if not session.posargs:
+        session.error(f'which recipe? nox -s "perf({model})" -- RECIPE; mindspeed-{model} recipes lists them')
+    run(session, f"mindspeed-{model}", "measure", *session.posargs, "--compare", OMP_NUM_THREADS="")
+
+
+# --- check it --------------------------------------------------------------------------------------------------------
+
+
+def contracts() -> str:
+    """Return import-linter's configuration: the rules of imports over the packages that are here."""
+    core, packages = module("core"), [module(n) for n in PACKAGES]
+    models = [p for p in packages if p != core]
+
+    def section(name: str, title: str, kind: str, **fields: list[str] | str) -> Iterator[str]:
+        yield from (f"[importlinter:contract:{name}]", f"name = {title}", f"type = {kind}")
+        for key, value in fields.items():
+            yield f"{key} =" + "".join(f"\n    {v}" for v in ([value] if isinstance(value, str) else value))
+
+    def door(library: str, only: str) -> Iterator[str]:
+        return section(
+            library,
+            f"{library} is imported by {only} alone",
+            "forbidden",
+            source_modules=packages,
+            forbidden_modules=library,
+            ignore_imports=f"{only} -> {library}",
+            allow_indirect_imports="True",
+            unmatched_ignore_imports_alerting="none",
+        )
+
+    lines = ["[importlinter]", "include_external_packages = True", "root_packages ="]
+    lines += [f"    {p}" for p in packages]
+    lines += section("core", "core imports no model", "forbidden", source_modules=core, forbidden_modules=models)
+    if len(models) > 1:
+        lines += section("models", "models do not import each other", "independence", modules=models)
+    lines += door("megatron", f"{core}.parallel.engine")
+    lines += door("torch_npu", f"{core}.device.npu")
+    return "\n".join(lines) + "\n"
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def lint(session: nox.Session) -> None:
+    """Check style, format, and who may import whom; "-- --fix" repairs the first two."""
+    fix = "--fix" in session.posargs
+    run(session, "ruff", "check", *(["--fix"] if fix else []), ".")
+    run(session, "ruff", "format", *([] if fix else ["--check"]), ".")
+    config = ROOT / ".nox" / "importlinter.ini"
+    config.write_text(contracts())
+    run(session, "lint-imports", "--config", str(config), "--no-cache")
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def types(session: nox.Session) -> None:
+    """Check the types of every package with mypy."""
+    sources = [str(p / "src") for p in PACKAGES.values()]
+    run(session, "mypy", *sources, *session.posargs, MYPYPATH=os.pathsep.join(sources))
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def docs(session: nox.Session) -> None:
+    """Run the commands of the documentation and follow its links."""
+    pytest(session, str(ROOT / "tests"), "-m", "docs")
+
+
+@nox.session(reuse_venv=False, requires=["dev"])
+@nox.parametrize("package", cells(RELEASED))
+def wheel(session: nox.Session, package: str) -> None:
+    """Build a package's wheel, install it with core's in an empty environment, and use it from there."""
+    built = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(built, ignore_errors=True)
+    sources = {"core": RELEASED["core"], package: RELEASED[package]}
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(built)]
+    run(session, "python", *build, *(str(p) for p in sources.values()))
+    session.install("--no-compile", "--quiet", "--constraint", str(CONSTRAINTS), *map(str, sorted(built.glob("*.whl"))))
+    session.run("python", "-m", "pip", "check")
+    # Away from the checkout, so that nothing can come from its folders.
+    with tempfile.TemporaryDirectory() as empty, session.chdir(empty):
+        imports = (
+            "import importlib, pkgutil, sys; p = importlib.import_module(sys.argv[1]);"
+            "[importlib.import_module(m.name) for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.')"
+            " if m.name.rsplit('.')[-1] not in ('npu', 'text', 'tokenizer', 'testing', 'demo') and '.testing.' not in m.name]"
+        )
+        session.run("python", "-c", imports, module(package))
+        session.run("mindspeed", "list")
+        if package == "core":
+            return
+        listed = str(session.run(f"mindspeed-{package}", "recipes", silent=True))
+        session.log(listed)
+        shipped = [f.stem for f in RELEASED[package].glob("src/*/recipes/*.yaml")]
+        missing = [r for r in shipped if r not in listed]
+        if missing or not shipped:
+            session.error(f"recipes that the wheel does not hold: {', '.join(missing) or 'all of them'}")
+        session.run(f"mindspeed-{package}", "show", shipped[0], silent=True)
+
+
+# --- make it ---------------------------------------------------------------------------------------------------------
+
+
+def copy_template(name: str, destination: Path) -> None:
+    """Copy models/_template to a folder, with the model's name in place of the template's.
+
+    ValueError when the name cannot be a package's or the folder exists.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*", name) or name in PACKAGES:
+        raise ValueError(
+            f"NAME={name!r}: needs small letters and digits, a letter first, and none of {sorted(PACKAGES)}"
+        )
+    if destination.exists():
+        raise ValueError(f"{destination}: exists")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "dist", "runs")
+    shutil.copytree(TEMPLATE["template"], destination, ignore=ignore)
+
+    def renamed(text: str) -> str:
+        return (
+            text.replace("template", name).replace("Template", name.capitalize()).replace("_" + name + "/", name + "/")
+        )
+
+    for path in sorted(destination.rglob("*"), reverse=True):
+        if path.is_file():
+            path.write_text(renamed(path.read_text(encoding="utf-8")), encoding="utf-8")
+        if "template" in path.name:
+            path.rename(path.with_name(path.name.replace("template", name)))
+
+
+@nox.session(venv_backend="none", default=False)
+def new(session: nox.Session) -> None:
+    """Start a model package from the template: nox -s new -- NAME."""
+    if len(session.posargs) != 1:
+        session.error("nox -s new -- NAME")
+    name = session.posargs[0]
+    try:
+        copy_template(name, ROOT / "models" / name)
+    except ValueError as error:
+        session.error(str(error))
+    session.log(f'models/{name} is a working package; nox -s "tests({name})" shows it. docs/adding-a-model.md goes on.')
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def release(session: nox.Session) -> None:
+    """Set a package's version and write its changelog from its newsfragments: nox -s release -- llama2 0.2.0."""
+    if len(session.posargs) != 2 or session.posargs[0] not in RELEASED:
+        session.error(f"nox -s release -- PACKAGE VERSION; packages: {', '.join(RELEASED)}")
+    package, version = session.posargs
+    if not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", version):
+        session.error(f"VERSION={version!r}: expected MAJOR.MINOR.PATCH, such as 0.2.0 or 0.2.0rc1")
+    folder = RELEASED[package]
+    fragments = [f for f in folder.glob("newsfragments/*.md")]
+    if not fragments:
+        session.error(f"{folder.name}/newsfragments: empty, so there is nothing to release")
+    project = folder / "pyproject.toml"
+    text, count = re.subn(r'(?m)^version = ".*"$', f'version = "{version}"', project.read_text(encoding="utf-8"))
+    if count != 1:
+        session.error(f"{project}: expected one line version = ..., found {count}")
+    config = ["--config", str(ROOT / "pyproject.toml"), "--dir", str(folder)]
+    run(session, "towncrier", "build", *config, "--version", version, "--yes")
+    project.write_text(text, encoding="utf-8")
+    tag = f"mindspeed-model-{package}-v{version}"
+    session.log(f"next: review, then git commit -am 'Release {tag}' && git tag {tag} && git push --follow-tags")
+    session.log(
+        f"then: .nox/dev/bin/python -m pip wheel --no-deps --no-build-isolation -w dist {folder.relative_to(ROOT)}"
+    )
