@@ -14,14 +14,17 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import nox
 
 ROOT = Path(__file__).resolve().parent
 DEV = ROOT / ".nox" / "dev"
 CONSTRAINTS = ROOT / "constraints.txt"
+F = TypeVar("F", bound=Callable[..., None])
+
 PYTHONS = ((3, 10), (3, 13))  # from, below: requires-python of every package
 
 MODELS = {p.parent.name: p.parent for p in sorted(ROOT.glob("models/[a-z]*/pyproject.toml"))}
@@ -37,17 +40,21 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every forked test process wou
 os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
 
 # Small tensors on few cores: threads only get in each other's way, and tests of compilation ask for it themselves.
-TEST_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
+TEST_ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def cells(packages: dict[str, Path]) -> list[object]:
-    """Return one nox parameter per package, addressed by the package's name."""
-    return [nox.param(name, id=name) for name in packages]
+def per_package(packages: dict[str, Path], **options: Any) -> Callable[[F], F]:
+    """Make a function a session per package, in the shared environment unless told otherwise; none for no package."""
+
+    def register(function: F) -> F:
+        if packages:
+            params = [nox.param(name, id=name) for name in packages]
+            nox.session(**{"venv_backend": "none", "requires": ["dev"], **options})(
+                nox.parametrize("package", params)(function)
+            )
+        return function
+
+    return register
 
 
 def module(package: str) -> str:
@@ -67,18 +74,15 @@ def having(tier: str) -> dict[str, Path]:
     return out
 
 
-def run(session: nox.Session, *args: str, codes: tuple[int, ...] = (0,), **env: str) -> None:
+def run(session: nox.Session, program: str, *args: str, codes: tuple[int, ...] = (0,), **env: str) -> None:
     """Run a program of the shared environment."""
-    where = f"{DEV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    program, *rest = args
-    session.run(
-        str(DEV / "bin" / program), *rest, external=True, success_codes=codes, env={"PATH": where, **TEST_ENV, **env}
-    )
+    path = f"{DEV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+    session.run(str(DEV / "bin" / program), *args, external=True, success_codes=codes, env={"PATH": path, **env})
 
 
 def pytest(session: nox.Session, *args: str) -> None:
     """Run pytest in the shared environment; a folder whose tests are all deselected is not a failure."""
-    run(session, "python", "-m", "pytest", *args, *session.posargs, codes=(0, 5))
+    run(session, "python", "-m", "pytest", *args, *session.posargs, codes=(0, 5), **TEST_ENV)
 
 
 # --- the environment -------------------------------------------------------------------------------------------------
@@ -108,54 +112,48 @@ def dev(session: nox.Session) -> None:
     gone = sorted(set(have.get("packages", [])) - set(PACKAGES))
     if gone:
         session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", *(f"mindspeed-model-{n}" for n in gone))
-    groups = nox.project.dependency_groups(
-        nox.project.load_toml(ROOT / "pyproject.toml"), "dev", "lint", "types", "release"
-    )
+    project = nox.project.load_toml(ROOT / "pyproject.toml")
+    tools = nox.project.dependency_groups(project, *project["dependency-groups"])
     options = ["--no-compile", "--quiet", "--constraint", str(CONSTRAINTS)]
     # The backend first and once, instead of one isolated build environment for each package.
-    session.install(*options, *(g for g in groups if g.startswith("poetry-core")))
+    session.install(*options, *(t for t in tools if t.startswith("poetry-core")))
     editables = [a for folder in PACKAGES.values() for a in ("--editable", str(folder))]
-    session.install(*options, "--no-build-isolation", *editables, *groups)
+    session.install(*options, "--no-build-isolation", *editables, *tools)
     seal.write_text(json.dumps(want))
 
 
 # --- run it ----------------------------------------------------------------------------------------------------------
 
 
-@nox.session(venv_backend="none", requires=["dev"])
-@nox.parametrize("model", cells({n: p for n, p in MODELS.items() if any(p.glob("src/*/demo.py"))}))
-def demo(session: nox.Session, model: str) -> None:
+@per_package({n: p for n, p in MODELS.items() if any(p.glob("src/*/demo.py"))})
+def demo(session: nox.Session, package: str) -> None:
     """Train a tiny model on real text, resume it, export, compare, generate: on CPU, in about three minutes."""
-    run(session, "python", "-m", f"{module(model)}.demo", *session.posargs)
+    run(session, "python", "-m", f"{module(package)}.demo", *session.posargs)
 
 
 # --- test it ---------------------------------------------------------------------------------------------------------
 
 
-@nox.session(venv_backend="none", requires=["dev"])
-@nox.parametrize("package", cells({"repository": ROOT, **PACKAGES}))
+@per_package({"repository": ROOT, **PACKAGES})
 def tests(session: nox.Session, package: str) -> None:
     """Run every test that needs no accelerator; with a package's name, that package's whole CI."""
     folder = ROOT if package == "repository" else PACKAGES[package]
     pytest(session, str(folder / "tests"), "-m", "not device and not npu and not docs", "--durations=5")
 
 
-@nox.session(venv_backend="none", requires=["dev"])
-@nox.parametrize("package", cells(PACKAGES))
+@per_package(PACKAGES)
 def unit(session: nox.Session, package: str) -> None:
     """Run the tests of one process, in seconds."""
     pytest(session, str(PACKAGES[package] / "tests"), "-m", "unit")
 
 
-@nox.session(venv_backend="none", requires=["dev"])
-@nox.parametrize("package", cells(having("dist")))
+@per_package(having("dist"))
 def dist(session: nox.Session, package: str) -> None:
     """Run the tests of 2 to 8 processes on this machine's CPU: equal to the single process."""
     pytest(session, str(PACKAGES[package] / "tests"), "-m", "dist")
 
 
-@nox.session(venv_backend="none", requires=["dev"])
-@nox.parametrize("package", cells(having("parity")))
+@per_package(having("parity"))
 def parity(session: nox.Session, package: str) -> None:
     """Compare outputs and gradients with the reference implementation, through saved files."""
     pytest(session, str(PACKAGES[package] / "tests"), "-m", "parity")
@@ -163,31 +161,35 @@ def parity(session: nox.Session, package: str) -> None:
 
 def accelerator(session: nox.Session) -> str:
     """Return the accelerator's type, or skip the session and say why."""
-    code = "from mindspeed_model_core import device; print(device.kind())"
-    found = session.run(str(DEV / "bin" / "python"), "-c", code, external=True, silent=True, env=TEST_ENV)
+    code = "from mindspeed_model_core import device; print(device.pick().type)"
+    found = session.run(str(DEV / "bin" / "python"), "-c", code, external=True, silent=True)
     kind = str(found).split()[-1]
     if kind == "cpu":
-        session.skip(
-            "no accelerator on this machine (neither an Ascend NPU with torch_npu nor CUDA): nothing was tested"
-        )
+        session.skip("no accelerator here (neither an Ascend NPU with torch_npu nor CUDA): nothing was tested")
     return kind
 
 
-@nox.session(venv_backend="none", requires=["dev"])
-@nox.parametrize("package", cells(having("device")))
+@per_package(having("device"))
 def device(session: nox.Session, package: str) -> None:
     """Run the tests that need a real accelerator; skipped, saying so, where there is none."""
     session.log(f"accelerator: {accelerator(session)}")
     pytest(session, str(PACKAGES[package] / "tests"), "-m", "device")
 
 
-@nox.session(venv_backend="none", requires=["dev"])
-@nox.parametrize("model", cells(MODELS))
-def perf(session: nox.Session, model: str) -> None:
-    """Measure a model's recipes and compare with perf_baselines/: nox -s "perf(llama2)" -- RECIPE [key=value ...]."""
+@per_package(MODELS)
+def perf(session: nox.Session, package: str) -> None:
+    """Measure a model's recipes and compare with perf_baselines/: nox -s "perf(llama2)" -- RECIPE."""
     if not session.posargs:
-        session.error(f'which recipe? nox -s "perf({model})" -- RECIPE; mindspeed-{model} recipes lists them')
-    run(session, f"mindspeed-{model}", "measure", *session.posargs, "--compare", OMP_NUM_THREADS="")
+        session.error(f'which recipe? nox -s "perf({package})" -- RECIPE; mindspeed-{package} recipes lists them')
+    run(session, f"mindspeed-{package}", "measure", *session.posargs, "--compare")
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(found.name)
+"""
 
 
 # --- check it --------------------------------------------------------------------------------------------------------
@@ -249,8 +251,7 @@ def docs(session: nox.Session) -> None:
     pytest(session, str(ROOT / "tests"), "-m", "docs")
 
 
-@nox.session(reuse_venv=False, requires=["dev"])
-@nox.parametrize("package", cells(RELEASED))
+@per_package(RELEASED, venv_backend="virtualenv", reuse_venv=False)
 def wheel(session: nox.Session, package: str) -> None:
     """Build a package's wheel, install it with core's in an empty environment, and use it from there."""
     built = Path(session.create_tmp()) / "wheels"
@@ -262,22 +263,17 @@ def wheel(session: nox.Session, package: str) -> None:
     session.run("python", "-m", "pip", "check")
     # Away from the checkout, so that nothing can come from its folders.
     with tempfile.TemporaryDirectory() as empty, session.chdir(empty):
-        imports = (
-            "import importlib, pkgutil, sys; p = importlib.import_module(sys.argv[1]);"
-            "[importlib.import_module(m.name) for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.')"
-            " if m.name.rsplit('.')[-1] not in ('npu', 'text', 'tokenizer', 'testing', 'demo') and '.testing.' not in m.name]"
-        )
-        session.run("python", "-c", imports, module(package))
         session.run("mindspeed", "list")
         if package == "core":
             return
+        session.run("python", "-c", IMPORT_ALL, module(package))
         listed = str(session.run(f"mindspeed-{package}", "recipes", silent=True))
-        session.log(listed)
-        shipped = [f.stem for f in RELEASED[package].glob("src/*/recipes/*.yaml")]
+        shipped = [f.stem for f in sorted(RELEASED[package].glob("src/*/recipes/*.yaml"))]
         missing = [r for r in shipped if r not in listed]
         if missing or not shipped:
             session.error(f"recipes that the wheel does not hold: {', '.join(missing) or 'all of them'}")
         session.run(f"mindspeed-{package}", "show", shipped[0], silent=True)
+        session.log(f"{', '.join(w.name for w in sorted(built.iterdir()))}: {len(shipped)} recipes")
 
 
 # --- make it ---------------------------------------------------------------------------------------------------------
@@ -289,18 +285,15 @@ def copy_template(name: str, destination: Path) -> None:
     ValueError when the name cannot be a package's or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*", name) or name in PACKAGES:
-        raise ValueError(
-            f"NAME={name!r}: needs small letters and digits, a letter first, and none of {sorted(PACKAGES)}"
-        )
+        raise ValueError(f"NAME={name!r}: needs small letters and digits, a letter first, not {', '.join(PACKAGES)}")
     if destination.exists():
         raise ValueError(f"{destination}: exists")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "dist", "runs")
     shutil.copytree(TEMPLATE["template"], destination, ignore=ignore)
 
     def renamed(text: str) -> str:
-        return (
-            text.replace("template", name).replace("Template", name.capitalize()).replace("_" + name + "/", name + "/")
-        )
+        text = text.replace("models/_template", f"models/{name}")
+        return text.replace("template", name).replace("Template", name.capitalize())
 
     for path in sorted(destination.rglob("*"), reverse=True):
         if path.is_file():
@@ -343,6 +336,4 @@ def release(session: nox.Session) -> None:
     project.write_text(text, encoding="utf-8")
     tag = f"mindspeed-model-{package}-v{version}"
     session.log(f"next: review, then git commit -am 'Release {tag}' && git tag {tag} && git push --follow-tags")
-    session.log(
-        f"then: .nox/dev/bin/python -m pip wheel --no-deps --no-build-isolation -w dist {folder.relative_to(ROOT)}"
-    )
+    session.log(f"then: python -m pip wheel --no-deps --wheel-dir dist ./{folder.relative_to(ROOT)}")

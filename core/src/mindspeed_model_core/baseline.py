@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from . import chart, perf
-from .chart import short
 from .errors import UserError, nearest
 from .perf import Measurement
 
@@ -50,8 +49,9 @@ class Published:
 
     @property
     def devices(self) -> int:
-        """How many devices the cluster has: nodes x devices of a node."""
-        return math.prod(int(n) for n in self.cluster.split("x"))
+        """How many devices the cluster has: nodes x devices of a node; an Atlas A3 counts as its two dies."""
+        count = math.prod(int(n) for n in self.cluster.split("x"))
+        return 2 * count if self.hardware == "Atlas A3" and self.cluster.endswith("x8") else count
 
     @property
     def label(self) -> str:
@@ -234,21 +234,26 @@ def report(
     With ``gate`` the status is 1 when the speed is outside the tolerance, unless this call records it. Ranks other
     than 0 print nothing and return 0. ``where`` is None when there is no folder to compare with.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+    if _rank() != 0:
         return 0
     console = console or Console()
     console.print(perf.summary(measured))
     if where is None:
         return 0
     if measured.reproduces:
-        console.print(_against(measured, find(where, measured.reproduces)), highlight=False)
+        console.print(_against(measured, find(where, measured.reproduces)), highlight=False, soft_wrap=True)
     verdict = compare(measured, read(where, measured.model), tolerance=tolerance)
-    console.print(_spoken(verdict), highlight=False)
+    console.print(_spoken(verdict), highlight=False, soft_wrap=True)
     if keep:
         record(measured, where, allow_dirty=allow_dirty)
-        console.print(f"recorded in {where / f'{measured.model}.csv'}", highlight=False)
+        console.print(f"recorded in {where / f'{measured.model}.csv'}", highlight=False, soft_wrap=True)
         return 0
     return 1 if gate and verdict.failed else 0
+
+
+def _rank() -> int:
+    # The process group may be closed by now; torchrun's environment is not.
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def _spoken(verdict: Verdict) -> str:
@@ -257,7 +262,7 @@ def _spoken(verdict: Verdict) -> str:
         return f"baseline: {verdict.status} for this hardware, device count and recipe"
     colour = {WITHIN: "green", SLOWER: "red"}.get(verdict.status, "yellow")
     return (
-        f"baseline: [{colour}]{verdict.status}[/], {ratio - 1:+.1%} against {short(row.value, 4)} {row.unit} of "
+        f"baseline: [{colour}]{verdict.status}[/], {ratio - 1:+.1%} against {_number(row.value)} {row.unit} of "
         f"{row.date} ({row.commit}), tolerance ±{verdict.tolerance:.0%}"
     )
 
@@ -392,8 +397,8 @@ def in_unit(row: Row, unit: str) -> float | None:
 
 
 def _grouped(where: Path, model: str) -> list[tuple[Published | None, list[Row]]]:
-    """Return each published row of a model with what repeats it, then what repeats none."""
-    rows, told = latest(read(where, model)), published(where, model)
+    """Return each row published for an NPU with what repeats it, then what repeats none."""
+    rows, told = latest(read(where, model)), [p for p in published(where, model) if p.npu]
     ids = {p.id for p in told}
     groups: list[tuple[Published | None, list[Row]]] = [(p, [r for r in rows if r.reproduces == p.id]) for p in told]
     names = dict.fromkeys(r.recipe for r in rows if r.reproduces not in ids)
@@ -406,7 +411,7 @@ def table(where: Path, model: str) -> Table:
     out = Table(title=f"{model}: measured against published", title_justify="left", pad_edge=False, box=None)
     for name in ("recipe", "hardware"):
         out.add_column(name, overflow="fold")
-    for name in ("speed", "MFU", "step", "memory", "vs published"):
+    for name in ("speed", "MFU", "step", "memory", "vs NPU"):
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("from", overflow="fold")
     for told, rows in _grouped(where, model):
@@ -442,37 +447,44 @@ def _cells(row: Row, told: Published | None) -> tuple[str, ...]:
 
 
 def _number(value: float | None) -> str:
-    return "not published" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "not published" if value is None else chart.plain(value)
+
+
+_BAR, _GAP = 0.29, 0.24
+_Group = tuple[str, Published | None, list[tuple[Row, float]]]
+_MARKS = (("npu", "D", "published, Atlas NPU"), ("reference", "o", "published, reference GPU"))
+_TITLES = {
+    MFU: "model FLOPs utilisation, %",
+    "samples/s": "samples/s, all devices together",
+    "frames/s": "frames/s, all devices together",
+    "tokens/s/device": "tokens/s per device",
+}
 
 
 def plot(where: Path, model: str, path: Path | str) -> Path:
-    """Draw a model's measured speeds as bars with the published ones as marks: one panel per unit, one group per recipe.
+    """Draw a model's measured speeds as bars, the published ones as marks: a panel per unit, a group per recipe.
 
     A measured row stands in the panel of its own unit and, when its MFU is known, in the panel of MFU. Raises
     UserError when nothing is known of the model.
     """
     groups = _grouped(where, model)
-    if not any(rows or told for told, rows in groups):
+    panels = _panels(groups)
+    if not panels:
         known = {r.model for r in published(where) if r.model}
         raise UserError(f"model={model!r}: nothing published and nothing measured in {where}{nearest(model, known)}")
-    panels = _panels(groups)
-    heights = [sum(max(1, len(rows)) * _BAR + _GAP for _, _, rows in panel) for _, panel in panels]
-    head = 1.25
-    figure = chart.figure(10, sum(heights) + 0.85 * len(panels) + head)
-    grid = figure.subplots(len(panels), 1, height_ratios=[h + 0.25 for h in heights], squeeze=False)
+    heights = [sum(_slots(group) * _BAR + _GAP for group in panel) for _, panel in panels]
+    head = 0.85
+    figure = chart.figure(10.5, sum(heights) + 0.72 * len(panels) + head)
+    grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     hardware = list(dict.fromkeys(r.hardware for _, rows in groups for r in rows))
     colours = {name: chart.COLOURS[i % len(chart.COLOURS)] for i, name in enumerate(hardware)}
     for (unit, panel), axes in zip(panels, grid[:, 0], strict=True):
-        _panel(axes, unit, panel, colours)
+        _draw_panel(axes, unit, panel, colours)
     _legend(figure, panels, colours)
     title = f"{model}: measured against published" if hardware else f"{model}: published, nothing measured yet"
-    figure.text(0.015, 1 - 0.32 / figure.get_figheight(), title, fontsize=14, fontweight="bold", color=chart.INK)
-    figure.tight_layout(rect=(0, 0, 1, 1 - (head - 0.35) / figure.get_figheight()), h_pad=1.4)
+    figure.text(0.012, 1 - 0.32 / figure.get_figheight(), title, fontsize=14, fontweight="bold", color=chart.INK)
+    figure.tight_layout(rect=(0, 0, 0.995, 1 - (head - 0.1) / figure.get_figheight()), h_pad=1.2)
     return chart.write(figure, Path(path))
-
-
-_BAR, _GAP = 0.30, 0.26
-_Group = tuple[str, Published | None, list[tuple[Row, float]]]
 
 
 def _panels(groups: list[tuple[Published | None, list[Row]]]) -> list[tuple[str, list[_Group]]]:
@@ -486,65 +498,61 @@ def _panels(groups: list[tuple[Published | None, list[Row]]]) -> list[tuple[str,
             values = [(r, v) for r in rows if (v := in_unit(r, unit)) is not None]
             mark = told if told and told.unit == unit and (told.npu or told.reference) else None
             if values or mark:
-                label = rows[0].recipe if rows else told.label if told else ""
-                panel.append((label, mark, values))
+                panel.append((rows[0].recipe if rows else told.label if told else "", mark, values))
         if panel:
             panels.append((unit, panel))
     return panels
 
 
-_MARKS = (("npu", "D", "published, Atlas NPU"), ("reference", "o", "published, reference GPU"))
+def _slots(group: _Group) -> int:
+    """Return how many lines a group takes: one for each measured row and one for what was published."""
+    return len(group[2]) + (group[1] is not None)
 
 
-def _panel(axes: Any, unit: str, panel: list[_Group], colours: dict[str, str]) -> None:
-    y, ticks, labels, most = 0.0, [], [], 0.0
-    for label, mark, values in panel:
-        height = max(1, len(values)) * _BAR
-        ticks.append(y + height / 2)
-        labels.append(label)
-        numbers = [v for _, v in values]
-        for i, (row, value) in enumerate(values):
-            at = y + (i + 0.5) * _BAR
-            axes.barh(at, value, height=0.82 * _BAR, color=colours[row.hardware])
-            text = f" {_number(value)}   {row.devices} x {row.hardware}"
-            axes.annotate(text, (value, at), va="center", fontsize=8.5, color=chart.INK, **_beside(value, mark, most))
+def _draw_panel(axes: Any, unit: str, panel: list[_Group], colours: dict[str, str]) -> None:
+    y, ticks, most = 0.0, [], 0.0
+    for group in panel:
+        _, mark, values = group
+        ticks.append(y + _slots(group) * _BAR / 2)
+        for row, value in values:
+            axes.barh(y + _BAR / 2, value, height=0.8 * _BAR, color=colours[row.hardware])
+            _say(axes, y + _BAR / 2, _number(value), f"{row.devices} x {row.hardware}", chart.INK)
+            most = max(most, value)
+            y += _BAR
         if mark:
-            _draw_marks(axes, mark, y, height, alone=not values)
-            numbers += [v for v in (mark.npu, mark.reference) if v]
-        most = max(most, *numbers)
-        y += height + _GAP
-    axes.set_yticks(ticks, labels)
+            _draw_mark(axes, y + _BAR / 2, mark, len(values))
+            most = max(most, mark.npu or 0, mark.reference or 0)
+            y += _BAR
+        y += _GAP
+    axes.set_yticks(ticks, [label for label, _, _ in panel])
     axes.set_ylim(y - _GAP / 2, -_GAP / 2)
-    axes.set_xlim(0, most * 1.45)
+    axes.set_xlim(0, most * 1.03)
     chart.style(axes, grid="x")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_title(_TITLES.get(unit, unit), loc="left", fontsize=10.5, color=chart.INK)
 
 
-_TITLES = {
-    MFU: "% MFU",
-    "samples/s": "samples/s, all devices together",
-    "frames/s": "frames/s, all devices together",
-    "tokens/s/device": "tokens/s per device",
-}
+def _say(axes: Any, y: float, number: str, text: str, colour: str) -> None:
+    """Write a line's value and what it was measured on in a column right of the panel, where no mark can cover it."""
+    for x, part, side in ((1.075, number, "right"), (1.09, text, "left")):
+        axes.text(x, y, part, transform=axes.get_yaxis_transform(), va="center", ha=side, fontsize=8.5, color=colour)
 
 
-def _beside(value: float, mark: Published | None, most: float) -> dict[str, Any]:
-    return {}
-
-
-def _draw_marks(axes: Any, mark: Published, y: float, height: float, *, alone: bool) -> None:
+def _draw_mark(axes: Any, y: float, row: Published, bars: int) -> None:
+    """Draw a published row as a stem with a mark at its end; a line leads from the NPU's mark across the bars above."""
+    shown = [v for v in (row.npu, row.reference) if v]
+    axes.plot([0, max(shown)], [y, y], color="#bdbdbd", linewidth=1.2, zorder=2)
     for name, shape, _ in _MARKS:
-        value = getattr(mark, name)
+        value = getattr(row, name)
         if value:
-            axes.plot([value, value], [y, y + height], color=chart.INK, linewidth=1.2, zorder=3)
             face = chart.INK if name == "npu" else "white"
-            axes.plot(value, y + height / 2, shape, ms=6, mfc=face, mec=chart.INK, zorder=4)
-    if alone:
-        shown = [v for v in (mark.npu, mark.reference) if v]
-        axes.annotate(
-            " / ".join(_number(v) for v in shown), (max(shown), y + height / 2), (9, 0), textcoords="offset points",
-            va="center", fontsize=8.5, color=chart.GREY,
-        )  # fmt: skip
+            axes.plot(value, y, shape, ms=6, mfc=face, mec=chart.INK, zorder=4, clip_on=False)
+    if bars and row.npu:
+        axes.plot([row.npu] * 2, [y - (bars + 0.5) * _BAR, y], color=chart.INK, lw=1, ls=(0, (2, 2)), zorder=3)
+    text = f"{row.devices} x {row.hardware}"
+    if row.reference:
+        text += f" (reference {_number(row.reference)})"
+    _say(axes, y, _number(row.npu) if row.npu else "", text, chart.GREY)
 
 
 def _legend(figure: Any, panels: list[tuple[str, list[_Group]]], colours: dict[str, str]) -> None:
@@ -557,7 +565,5 @@ def _legend(figure: Any, panels: list[tuple[str, list[_Group]]], colours: dict[s
         if any(getattr(mark, name) for mark in marks):
             face = chart.INK if name == "npu" else "white"
             handles.append(Line2D([], [], ls="", marker=shape, ms=6, mfc=face, mec=chart.INK, label=text))
-    figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.008, 1 - 0.42 / figure.get_figheight()),
-        ncols=4, frameon=False, fontsize=9, handletextpad=0.5, columnspacing=1.6,
-    )  # fmt: skip
+    where = (0.006, 1 - 0.38 / figure.get_figheight())
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=where, ncols=4, frameon=False, fontsize=9)

@@ -55,13 +55,19 @@ def write(made: Figure, path: Path) -> Path:
     return path
 
 
-def short(value: float, digits: int = 3) -> str:
-    """Return a number in ``digits`` figures with k, M, G or T: 12345 becomes ``12.3k``."""
+def short(value: float, digits: int = 3, unit: str = "") -> str:
+    """Return a number in ``digits`` figures with k, M, G or T: 12345 is ``12.3k``, in FLOP/s ``12.3 kFLOP/s``."""
+    space = " " if unit else ""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         # 999.7 must become 1k, not 1000.
         if abs(value) >= limit * (1 - 0.5 * 10.0**-digits):
-            return f"{_figures(value / limit, digits)}{suffix}"
-    return _figures(value, digits)
+            return f"{_figures(value / limit, digits)}{space}{suffix}{unit}"
+    return f"{_figures(value, digits)}{space}{unit}"
+
+
+def plain(value: float) -> str:
+    """Return a number in four figures, whole from a thousand on: ``0.1786`` or ``12,345``."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _figures(value: float, digits: int) -> str:

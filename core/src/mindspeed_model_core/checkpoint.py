@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from .errors import UserError
 from .optim import AdamW
@@ -41,14 +42,14 @@ class Rectangles:
     """A tensor's rectangles on this process, in the terms PyTorch's distributed checkpoint asks for."""
 
     def __init__(self, local: Tensor, shard: Shard) -> None:
-        self.size = shard.shape
+        self.shape = shard.shape
         self.parts = [(torch.Size(at), local[here]) for at, here in shard.rectangles()]
         self.properties = TensorProperties.create_from_tensor(local)
 
     def copied(self) -> Rectangles:
         """Return the same rectangles over copies of the values, on the host."""
         twin = object.__new__(Rectangles)
-        twin.size, twin.properties = self.size, self.properties
+        twin.shape, twin.properties = self.shape, self.properties
         twin.parts = [(at, part.detach().to("cpu", copy=True).contiguous()) for at, part in self.parts]
         return twin
 
@@ -57,7 +58,7 @@ class Rectangles:
             WriteItem(
                 index=MetadataIndex(fqn, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=self.properties, size=self.size),
+                tensor_data=TensorWriteData(chunk=chunk, properties=self.properties, size=self.shape),
             )
             for chunk in self.__create_chunk_list__()
         ]
@@ -65,8 +66,32 @@ class Rectangles:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets=at, sizes=part.size()) for at, part in self.parts]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def at(self, index: MetadataIndex) -> Tensor:
+        """Return the rectangle at an offset."""
         return next(part for at, part in self.parts if at == index.offset)
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].at(index)
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        requests: list[ReadItem] = []
+        for name, wanted in self.state_dict.items():
+            saved = self.metadata.state_dict_metadata.get(name) if self.metadata else None
+            if not isinstance(saved, TensorStorageMetadata) or saved.size != wanted.shape:
+                found = list(saved.size) if isinstance(saved, TensorStorageMetadata) else "missing"
+                raise UserError(f"{name}: the network needs {list(wanted.shape)}, in the checkpoint it is {found}")
+            requests += create_read_items_for_chunk_list(name, saved, wanted.__create_chunk_list__())
+        return LoadPlan(requests)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].at(index)
 
 
 def _state(shards: dict[str, Shard], optimizer: AdamW | None) -> dict[str, Rectangles]:
@@ -129,7 +154,13 @@ class Checkpointer:
                 temporary.mkdir(parents=True)
             self._barrier()
             writer = dcp.FileSystemWriter(temporary, sync_files=True, thread_count=1)
-            dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            dcp.save(
+                state,
+                storage_writer=writer,
+                planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
             if first:
                 _write_text(temporary / RUN_FILE, json.dumps(info, indent=1))
                 if final.exists():
@@ -156,6 +187,8 @@ def _reason(error: BaseException) -> str:
         seen.append(failure[0])
     for item in seen:
         while item is not None:
+            if isinstance(item, UserError):
+                return str(item)
             if isinstance(item, OSError) and item.strerror:
                 return item.strerror
             if "PytorchStreamWriter" in str(item) or "No space left" in str(item):
@@ -210,7 +243,13 @@ def load(path: Path, shards: dict[str, Shard], optimizer: AdamW, mesh: Mesh) -> 
     info = read_info(path)
     state = _state(shards, optimizer)
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=mesh.host_group, no_dist=not mesh.groups)
+        dcp.load(
+            state,
+            storage_reader=dcp.FileSystemReader(path),
+            planner=_LoadPlanner(),
+            process_group=mesh.host_group,
+            no_dist=not mesh.groups,
+        )
     except Exception as error:
         raise UserError(f"{path}: cannot be loaded: {_reason(error)}") from None
     with torch.no_grad():

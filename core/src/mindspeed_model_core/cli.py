@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -12,17 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
 from . import launch
 from . import recipe as recipes
-from .errors import UserError, nearest
+from .errors import UserError
 
 # torch takes seconds to import; whatever needs it is imported inside the command that does.
 if TYPE_CHECKING:
     from .model import Model
     from .recipe import Recipe
+
+
+def _release(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+def _version(context: typer.Context, asked: bool) -> None:
+    if asked:
+        for name in dict.fromkeys((context.obj, "mindspeed-model-core")):
+            typer.echo(f"{name} {_release(name)}")
+        raise typer.Exit()
+
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A name that 'recipes' lists, or a path ending in .yaml.")
@@ -35,6 +50,8 @@ Nproc = Annotated[
     str | None,
     typer.Option(metavar="N", help="Start N processes on this machine, one per device; auto: one per accelerator."),
 ]
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")]
 
 _PLAIN_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -89,15 +106,16 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _new(help_text: str) -> typer.Typer:
+def _new(help_text: str, prog: str, distribution: str) -> typer.Typer:
     return typer.Typer(
+        name=prog,
         cls=_Group,
         help=help_text,
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": ["-h", "--help"], "obj": distribution},
     )
 
 
@@ -117,16 +135,13 @@ def app(model: Model) -> typer.Typer:
             f"{prog} recipes",
             f"{prog} show NAME steps=100",
             f"{prog} train NAME steps=100 --nproc 2",
-        )
+        ),
+        prog,
+        f"mindspeed-model-{model.name}",
     )
 
     @cli.callback()
-    def options(
-        version: Annotated[
-            bool,
-            typer.Option("--version", callback=_version(f"mindspeed-model-{model.name}"), is_eager=True, help="Exit."),
-        ] = False,
-    ) -> None: ...
+    def options(version: Version = False) -> None: ...
 
     @cli.command(
         "recipes",
@@ -156,22 +171,24 @@ def app(model: Model) -> typer.Typer:
         recipe: RecipeName,
         overrides: Overrides = None,
         nproc: Annotated[
-            int | None, typer.Option(metavar="N", min=1, help="Devices to plan for.  [default: tp x pp]")
+            int | None, typer.Option(metavar="N", help=r"Devices to plan for.  \[default: tp x pp]")
         ] = None,
     ) -> None:
         from .estimate import estimate
 
         resolved = model.load_recipe(recipe, overrides or ())
+        if nproc is not None and nproc < 1:
+            raise UserError(f"--nproc={nproc}: plan for 1 device or more")
         plan = estimate(resolved, model, nproc or resolved.parallel.tp * resolved.parallel.pp)
         typer.echo(resolved.to_yaml(), nl=False)
         console = Console()
         with console.capture() as captured:
-            console.print()
-            console.print(f"digest      {resolved.digest()}", highlight=False)
-            console.print(f"parameters  {plan.parameters:,}", highlight=False)
+            console.print(f"\ndigest      {resolved.digest()}", highlight=False)
+            console.print(f"parameters  {plan.parameters:,}\n", highlight=False)
+            console.print(plan.title, style="italic", highlight=False)
             console.print(plan.table())
             for note in plan.notes:
-                console.print(note, highlight=False)
+                console.print(note, style="dim", highlight=False)
         # As comments, what follows the recipe leaves a redirected output loadable.
         mark = "" if console.is_terminal else "# "
         typer.echo("\n".join(f"{mark}{line}".rstrip() for line in captured.get().splitlines()))
@@ -192,15 +209,19 @@ def app(model: Model) -> typer.Typer:
         overrides: Overrides = None,
         nproc: Nproc = None,
         run_dir: Annotated[
-            Path | None, typer.Option(metavar="DIR", help=f"Where the run goes.  [default: runs/{model.name}-RECIPE]")
+            Path | None, typer.Option(metavar="DIR", help=r"Where the run goes.  \[default: runs/MODEL-RECIPE]")
         ] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's newest checkpoint.")] = False,
     ) -> None:
         resolved = model.load_recipe(recipe, overrides or ())
         _spread(resolved, nproc)
+        from . import checkpoint
         from .train import run as train_run
 
-        train_run(resolved, model, run_dir=run_dir or Path("runs") / f"{model.name}-{resolved.name}", resume=resume)
+        folder = run_dir or Path("runs") / f"{model.name}-{resolved.name}"
+        if resume and not checkpoint.steps(folder / "checkpoints") and launch.first_rank():
+            typer.echo(f"{folder}: no checkpoint to resume from, starting from the beginning", err=True)
+        train_run(resolved, model, folder, resume=resume)
 
     @cli.command(
         help=_help(
@@ -214,7 +235,7 @@ def app(model: Model) -> typer.Typer:
         source: Annotated[Path, typer.Argument(metavar="SRC", help="The folder to read.")],
         destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
         layout: Annotated[
-            str, typer.Option(metavar="NAME", help=f"How to write: {' or '.join(x.name for x in model.layouts)}.")
+            str, typer.Option(metavar="NAME", help="How to write: hub (as transformers reads it) or original.")
         ],
         preset: Annotated[
             str | None,
@@ -222,12 +243,29 @@ def app(model: Model) -> typer.Typer:
         ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     ) -> None:
-        known = {each.name: each for each in model.layouts}
-        if layout not in known:
-            raise UserError(f"--layout={layout}: {model.name} has no such layout{nearest(layout, known)}")
         from .weights import convert as convert_weights
 
-        convert_weights(source, destination, model, known[layout], preset=preset, overwrite=overwrite)
+        console = Console(stderr=True)
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as shown:
+            task = shown.add_task(f"writing {destination}", total=None)
+            convert_weights(
+                source,
+                destination,
+                model,
+                layout,
+                preset=preset,
+                overwrite=overwrite,
+                progress=lambda done, total: shown.update(task, completed=done, total=total),
+            )
+        typer.echo(f"{destination}: written in layout {layout}")
 
     @cli.command(
         help=_help(
@@ -241,14 +279,34 @@ def app(model: Model) -> typer.Typer:
         recipe: RecipeName,
         overrides: Overrides = None,
         compare: Annotated[bool, typer.Option("--compare", help="Fail outside the tolerance, faster too.")] = False,
-        record: Annotated[bool, typer.Option("--record", help="Add the result to perf_baselines.")] = False,
-        steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps timed.")] = 10,
-        warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Steps run before, not timed.")] = 3,
+        record: Annotated[bool, typer.Option("--record", help="Add the result to the baselines.")] = False,
+        steps: Annotated[int, typer.Option(metavar="N", help="Steps timed.")] = 10,
+        warmup: Annotated[int, typer.Option(metavar="N", help="Steps run before, not timed.")] = 3,
         nproc: Nproc = None,
+        baselines: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help=r"The folder of baselines.  \[default: perf_baselines, here or above]"),
+        ] = None,
+        allow_dirty: Annotated[
+            bool, typer.Option("--allow-dirty", help="Record from changed sources, marked +dirty.")
+        ] = False,
     ) -> None:
+        from . import baseline, perf
+
         resolved = model.load_recipe(recipe, overrides or ())
+        where = None
+        if compare or record or baselines:
+            where = baseline.prepare(
+                model.package, resolved.reproduces, baselines=baselines, record=record, allow_dirty=allow_dirty
+            )
         _spread(resolved, nproc)
-        _measure(resolved, model, steps, warmup, compare, record)
+        measured = perf.measure(resolved, model, steps=steps, warmup=warmup)
+        if not launch.first_rank():
+            return
+        status = baseline.report(measured, where, gate=compare, keep=record, allow_dirty=allow_dirty)
+        if status:
+            launch.report("the speed is outside the tolerance; record it with --record if it is right", status=1)
+            raise typer.Exit(status)
 
     for function in model.commands:
         cli.command(_command_name(function))(function)
@@ -269,32 +327,11 @@ def _spread(recipe: Recipe, nproc: str | None) -> None:
         raise typer.Exit(launch.spawn(count, launch.command_without_nproc()))
 
 
-def _measure(recipe: Recipe, model: Model, steps: int, warmup: int, compare: bool, record: bool) -> None:
-    raise NotImplementedError
-
-
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
-
-
-def _version(distribution: str) -> Callable[[bool], None]:
-    def show(asked: bool) -> None:
-        if asked:
-            for name in dict.fromkeys((distribution, "mindspeed-model-core")):
-                typer.echo(f"{name} {_release(name)}")
-            raise typer.Exit()
-
-    return show
-
-
-def _release(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "(not installed as a package)"
 
 
 def run(model: Model) -> None:
@@ -309,14 +346,14 @@ def common() -> None:
 
 def common_app() -> typer.Typer:
     """Return the command line that belongs to no one model."""
-    cli = _new(_help("What is installed of the MindSpeed model zoo.", "mindspeed list", "mindspeed-llama2 recipes"))
+    cli = _new(
+        _help("What is installed of the MindSpeed model zoo.", "mindspeed list", "mindspeed-llama2 recipes"),
+        "mindspeed",
+        "mindspeed-model-core",
+    )
 
     @cli.callback()
-    def options(
-        version: Annotated[
-            bool, typer.Option("--version", callback=_version("mindspeed-model-core"), is_eager=True, help="Exit.")
-        ] = False,
-    ) -> None: ...
+    def options(version: Version = False) -> None: ...
 
     @cli.command("list", help=_help("List the installed models, their versions and commands.", "mindspeed list"))
     def list_models() -> None:

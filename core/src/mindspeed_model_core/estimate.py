@@ -55,17 +55,20 @@ class Estimate:
     memory: Memory
     notes: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """What the memory is of: devices, layout and stage."""
+        where = f", stage {self.stage} of 0-{self.pp - 1}, which needs most" if self.pp > 1 else ""
+        plural = "s" if self.world > 1 else ""
+        return f"memory per device on {self.world} device{plural}: tp {self.tp} x pp {self.pp} x dp {self.dp}{where}"
+
     def table(self) -> Table:
         """Return the memory as a table for people."""
-        layout = f"tp {self.tp} x pp {self.pp} x dp {self.dp}"
-        where = f", stage {self.stage} of 0-{self.pp - 1}, which needs most" if self.pp > 1 else ""
-        table = Table(
-            title=f"Memory per device on {self.world} ({layout}{where})", title_justify="left", box=None, pad_edge=False
-        )
-        table.add_column("what", style="bold")
-        table.add_column("GiB", justify="right")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
         for name in ("weights", "gradients", "optimizer", "activations", "head", "total"):
-            table.add_row(name, f"{getattr(self.memory, name) / GIB:,.3g}", end_section=name == "head")
+            table.add_row(name, f"{getattr(self.memory, name) / GIB:,.2f} GiB")
         return table
 
 
@@ -104,7 +107,7 @@ def _notes(recipe: Recipe, world: int, steps: int) -> Iterable[str]:
     left_out = "the device's runtime and communication buffers, short-lived temporaries, and memory lost to gaps"
     yield f"Not counted: {left_out}; leave 10-20 % free."
     if recipe.parallel.shard != "none" and world == 1:
-        yield f"parallel.shard={recipe.parallel.shard} has nothing to share out on one device; plan for more with --nproc."
+        yield f"parallel.shard={recipe.parallel.shard} has no effect on one device; plan for more with --nproc."
     if recipe.parallel.pp > 1 and steps < recipe.parallel.pp:
         yield f"{steps} micro-batches a step do not fill {recipe.parallel.pp} pipeline stages; raise global_batch."
 
@@ -136,8 +139,8 @@ class _Alone(TensorParallel):
         return y if bias is None else y + bias
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        mine = tokens < weight.shape[0]
-        return self._reduce(F.embedding(tokens, weight) * mine[:, None])
+        mine = tokens < len(weight)
+        return self._reduce(F.embedding(tokens.clamp(0, len(weight) - 1), weight) * mine[:, None])
 
     def gather(self, x: Tensor) -> Tensor:
         return x.repeat(1, self.size)
@@ -175,7 +178,7 @@ class _Norm(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-class _Fused(TorchFunctionMode):
+class Fused(TorchFunctionMode):
     """Within it, PyTorch's attention and norm keep what their fused kernels do; on meta they run decomposed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,11 +237,13 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
     task = model.task(one, model.config(recipe))
     batch = _on_meta(next(iter(task.synthetic(0, 1)))[0])
     net.to(COMPUTE[recipe.precision])
-    weights = list(net.parameters())
-    with _Fused():
+    weights = net.parameters()
+    with Fused():
         context = net.context(batch)
+        given = {t.untyped_storage()._cdata: t for t in [*weights, *_tensors(batch)]}
         shared = {t.untyped_storage()._cdata: t for t in _tensors(context)}
-        known = [*weights, *shared.values(), *_tensors(batch)]
+        shared = {key: t for key, t in shared.items() if key not in given}
+        known = [*given.values(), *shared.values()]
         with Saved(known) as first:
             state = net.embed(batch, context)
         state = _entering(state)
@@ -287,8 +292,8 @@ def _stage(
     first, last = stage == 0, stage == pp - 1
     absent = (() if first else net.first) + (() if last else net.last) + ("blocks",)
     rest = [p for name, p in net.named_parameters() if name.split(".")[0] not in absent]
-    again = {"none": 0, "all": per}.get(str(recipe.recompute), recipe.recompute)
-    again = min(int(again), per)
+    wanted = {"none": 0, "all": per}.get(str(recipe.recompute), recipe.recompute)
+    again = max(0, min(int(wanted), per))
     a = activations
     kept = (per - again) * a.block + again * a.entry + a.shared + (a.first if first else 0)
     memory = replace(
@@ -326,5 +331,3 @@ def _states(
 
 def _count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
-
-

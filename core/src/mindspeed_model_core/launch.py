@@ -23,6 +23,8 @@ REPORT = "MINDSPEED_MODEL_REPORT"
 
 _PARENT = "MINDSPEED_MODEL_LAUNCHER"
 _POLL = 0.05
+_SETTLE = 0.3
+"""Seconds after a rank failed in which others may fail too, before it is decided which came first."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,6 +37,11 @@ def count(nproc: str) -> int:
     if not nproc.isdecimal() or int(nproc) < 1:
         raise UserError(f"--nproc={nproc}: write a number of processes, 1 or more, or auto (one per accelerator)")
     return int(nproc)
+
+
+def first_rank() -> bool:
+    """Whether this process is rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def refuse_nested() -> None:
@@ -71,7 +78,7 @@ def spawn(nproc: int, command: Sequence[str], *, grace: float = 5.0) -> int:
     One line on stderr names the cause: a UserError as it is, else the rank that failed first.
     """
     refuse_nested()
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="mindspeed-") as folder, _Ranks(Path(folder), grace) as ranks:
@@ -87,10 +94,9 @@ class _Ranks:
         self.folder, self.grace = folder, grace
         self.nproc = 0
         self.live: dict[int, subprocess.Popen[bytes]] = {}
-        self.failed: list[tuple[int, int]] = []
-        """(rank, status) in the order seen; a negative status is the signal that killed the rank."""
+        self.failed: dict[int, int] = {}
+        """Exit status of the ranks that failed by themselves; negative for the signal that killed one."""
         self.signals: list[int] = []
-        self.stopping: float | None = None
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> _Ranks:
@@ -133,6 +139,7 @@ class _Ranks:
 
     def wait(self) -> None:
         """Return when every rank has ended."""
+        settled = stopping = float("inf")
         while self.live:
             for rank, process in list(self.live.items()):
                 status = process.poll()
@@ -140,14 +147,17 @@ class _Ranks:
                     del self.live[rank]
                     if status:
                         _signal_group(process, signal.SIGKILL)  # the data workers it left behind
-                elif self._report(rank).exists() and self.stopping is None:
+                elif self._report(rank).exists():
                     status = 1
-                if status and self.stopping is None:
-                    self.failed.append((rank, status))
-            if self.failed and self.stopping is None:
-                self.stopping = time.monotonic() + self.grace
+                if status and stopping == float("inf") and rank not in self.failed:
+                    self.failed[rank] = status
+            now = time.monotonic()
+            if self.failed and settled == float("inf"):
+                settled = now + _SETTLE
+            if now > settled and stopping == float("inf"):
+                stopping = now + self.grace
                 self._send(signal.SIGTERM)
-            if self.stopping and time.monotonic() > self.stopping:
+            if now > stopping:
                 self._send(signal.SIGKILL)
             time.sleep(_POLL)
 
@@ -160,10 +170,12 @@ class _Ranks:
         if users:
             _say(users[0]["message"])
             return users[0]["status"]
-        if len(self.signals) > 1 or (self.signals and all(s in (130, -self.signals[0]) for _, s in self.failed)):
+        if len(self.signals) > 1 or (self.signals and all(s in (130, -self.signals[0]) for s in self.failed.values())):
             return 128 + self.signals[0]
-        # Ranks seen to end in the same poll: a kill from outside made the others fail, not the other way round.
-        rank, status = min(self.failed, key=lambda f: (f[1] != -signal.SIGKILL, f[1] > 0, self._time(told, f[0])))
+        # A kill from outside made the others fail, not the other way round; of exceptions the first did.
+        rank, status = min(
+            self.failed.items(), key=lambda f: (f[1] != -signal.SIGKILL, told.get(str(f[0]), {}).get("time", 0.0))
+        )
         if trace := told.get(str(rank), {}).get("trace"):
             print(trace, file=sys.stderr, end="")
         others = "; the other ranks were stopped" if self.nproc > 1 else ""
@@ -177,9 +189,6 @@ class _Ranks:
 
     def _report(self, rank: int) -> Path:
         return self.folder / f"{rank}.json"
-
-    def _time(self, told: dict[str, dict[str, float]], rank: int) -> float:
-        return told.get(str(rank), {}).get("time", float("inf"))
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.signals.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

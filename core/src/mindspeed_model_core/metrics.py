@@ -283,7 +283,7 @@ def _details(values: dict[str, Any]) -> list[str]:
     if values["mfu"] is not None:
         out.append(f"MFU {values['mfu']:.1%}")
     elif values["tflops_per_device"] > 0:
-        out.append(f"{short(values['tflops_per_device'] * 1e12)}FLOP/s per device")
+        out.append(f"{short(values['tflops_per_device'] * 1e12, unit='FLOP/s')} per device")
     if values["memory_bytes"]:
         out.append(f"{values['memory_bytes'] / 2**30:.1f} GiB")
     return out
@@ -350,7 +350,8 @@ def plot(run_dir: Path | str) -> Path | None:
     bottom.set_xlabel("step", color=chart.INK)
     chart.ticks(bottom.xaxis)
     if len(steps) > 1:
-        bottom.set_xlim(steps[0], steps[-1] + 0.02 * (steps[-1] - steps[0]))
+        margin = 0.015 * (steps[-1] - steps[0])
+        bottom.set_xlim(steps[0] - margin, steps[-1] + margin)
     figure.tight_layout(h_pad=1.6)
     return chart.write(figure, Path(run_dir) / CHART)
 
@@ -394,7 +395,7 @@ def _plot_speed(axes: Any, records: list[dict[str, Any]], steps: list[float]) ->
     mfus = [r["mfu"] for r in (records[1:] or records) if r.get("mfu") is not None]
     tflops = statistics.median(r["tflops_per_device"] for r in (records[1:] or records))
     if tflops > 0:
-        title += f", {short(tflops * 1e12)}FLOP/s per device"
+        title += f", {short(tflops * 1e12, unit='FLOP/s')} per device"
     if mfus:
         title += f", MFU {statistics.median(mfus):.1%}"
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=chart.INK)
@@ -411,9 +412,11 @@ def _binned(x: list[float], y: list[float], most: int = 2000) -> tuple[list[floa
 
 def _smooth(values: list[float]) -> list[float]:
     """Return the mean over a centred window of a 20th of the values, over what is finite in it."""
-    half = max(2, len(values) // 40)
+    most = max(2, len(values) // 40)
     out = []
     for i in range(len(values)):
-        window = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
+        # Narrower towards the ends, where a lopsided window would bend the curve.
+        half = min(most, i, len(values) - 1 - i)
+        window = [v for v in values[i - half : i + half + 1] if math.isfinite(v)]
         out.append(statistics.fmean(window) if window else math.nan)
     return out

@@ -9,14 +9,13 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.table import Table
 
 from . import device as devices
@@ -234,84 +233,73 @@ class _Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
-def measure(
-    recipe: Recipe,
-    model: Model,
-    *,
-    steps: int = 10,
-    warmup: int = 3,
-    session: Callable[[Recipe, Model], Any] | None = None,
-) -> Measurement:
+def measure(recipe: Recipe, model: Model, *, steps: int = 10, warmup: int = 3, session: Any = None) -> Measurement:
     """Train ``steps`` optimizer steps on synthetic data after ``warmup`` untimed ones, and return the median's speed.
 
     The device is synchronised only where the timed window begins and ends. Every rank calls it and every rank gets
-    the same result: a step takes as long as on its slowest rank. ``session`` opens what is stepped (``step()`` and
-    ``work``); by default the trainer's own Session with synthetic data.
+    the same result: a step takes as long as on its slowest rank. Weights are random, ``init_from`` is not read. An
+    open ``session`` is measured as it is and left open.
     """
     if steps < 1 or warmup < 0:
         raise UserError(f"steps={steps}, warmup={warmup}: measure needs steps of 1 or more and warmup of 0 or more")
-    opened = (session or _session)(recipe, model)
-    device = getattr(opened, "device", None) or devices.pick()
+    if session is not None:
+        return _measure(recipe, model, session, steps, warmup)
+    from .parallel.mesh import close_mesh, open_mesh
+    from .train import Session
+
+    mesh = open_mesh(recipe.parallel)
+    try:
+        opened = Session(recipe.model_copy(update={"init_from": None}), model, mesh, synthetic=True)
+        opened.start()
+        return _measure(recipe, model, opened, steps, warmup)
+    finally:
+        close_mesh(mesh)
+
+
+def _measure(recipe: Recipe, model: Model, session: Any, steps: int, warmup: int) -> Measurement:
+    mesh, device = session.mesh, session.mesh.device
     for _ in range(warmup):
-        opened.step()
+        session.step()
     devices.synchronize(device)
-    if _ranks() > 1:
-        dist.barrier()
+    mesh.barrier()
     devices.reset_peak_memory(device)
-    clock, works = _Clock(device), []
+    clock, totals = _Clock(device), []
     clock.mark()
     for _ in range(steps):
-        opened.step()
+        totals.append(session.step())
         clock.mark()
-        works.append(opened.work)
     devices.synchronize(device)
-    *seconds, peak_bytes = _slowest([*clock.seconds(), float(devices.peak_memory(device))])
+    *seconds, peak_bytes = _slowest(mesh, [*clock.seconds(), float(devices.peak_memory(device))])
+    # The step's sums over all ranks: loss, samples, units, model FLOPs, ...
+    work = [Work(round(samples), round(units), flops) for _, samples, units, flops, *_ in (t.read() for t in totals)]
     hardware = devices.name(device)
     peak = known_peak(hardware, recipe.precision)
     if peak is None:
         peak = measured_peak(device, recipe.precision)
-        peak = Peak(_slowest([peak.flops])[0], peak.source)
-    return _summarise(
-        recipe, model, device.type, hardware, works, seconds, warmup, peak, int(peak_bytes), _task_unit(opened)
-    )
-
-
-def _summarise(
-    recipe: Recipe,
-    model: Model,
-    kind: str,
-    hardware: str,
-    works: Sequence[Work],
-    seconds: Sequence[float],
-    warmup: int,
-    peak: Peak,
-    peak_bytes: int,
-    task_unit: str,
-) -> Measurement:
-    ranks = _ranks()
-    pairs = list(zip(works, seconds, strict=True))
+        peak = Peak(_slowest(mesh, [peak.flops])[0], peak.source)
+    pairs = list(zip(work, seconds, strict=True))
     return Measurement(
         model=model.name,
         recipe=recipe.name,
         reproduces=recipe.reproduces,
         digest=recipe.digest(),
         precision=recipe.precision,
-        device=kind,
+        device=device.type,
         hardware=hardware,
-        devices=ranks,
+        devices=mesh.world,
         stack=stack(),
         commit=commit(model.package),
         date=datetime.date.today().isoformat(),
-        task_unit=task_unit,
-        steps=len(seconds),
+        task_unit=session.task.unit,
+        steps=steps,
         warmup=warmup,
         step_s=statistics.median(seconds),
         quartiles=_quartiles(seconds),
         samples_per_s=statistics.median(w.samples / s for w, s in pairs),
         units_per_s=statistics.median(w.units / s for w, s in pairs),
-        flops=statistics.median(w.flops / s for w, s in pairs) / ranks,
+        flops=statistics.median(w.flops / s for w, s in pairs) / mesh.world,
         peak=peak,
-        peak_bytes=peak_bytes,
+        peak_bytes=int(peak_bytes),
     )
 
 
@@ -322,32 +310,14 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _session(recipe: Recipe, model: Model) -> Any:
-    from .train import Session
-
-    return Session(recipe, model, synthetic=True)
-
-
-def _task_unit(session: Any) -> str:
-    return str(session.task.unit)
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _slowest(values: list[float]) -> list[float]:
+def _slowest(mesh: Any, values: list[float]) -> list[float]:
     """Return each value's maximum over all ranks."""
-    if _ranks() == 1:
-        return values
-    both = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    return [float(v) for v in both]
+    return [max(each) for each in zip(*mesh.gather(values), strict=True)]
 
 
 def summary(measured: Measurement) -> Table:
     """Return a measurement as a table of two columns, for people."""
-    from .chart import short
+    from .chart import plain, short
 
     m = measured
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -359,8 +329,8 @@ def summary(measured: Measurement) -> Table:
     table.add_row("stack", m.stack)
     table.add_row("commit", m.commit or "unknown")
     table.add_row("step", f"{m.step_s:.4g} s median of {m.steps}, quartiles {low:.4g} to {high:.4g} s")
-    table.add_row("speed", f"{short(m.value() or 0, 4)} {m.unit}, {short(m.samples_per_s, 4)} samples/s in all")
-    table.add_row("model FLOPs", f"{short(m.flops, 4)}FLOP/s per device")
-    table.add_row("MFU", f"{m.mfu:.1%} of {short(m.peak.flops)}FLOP/s ({m.peak.source})")
+    table.add_row("speed", f"{plain(m.value() or 0)} {m.unit}, {plain(m.samples_per_s)} samples/s in all")
+    table.add_row("model FLOPs", f"{short(m.flops, 4, 'FLOP/s')} per device")
+    table.add_row("MFU", f"{m.mfu:.1%} of {short(m.peak.flops, unit='FLOP/s')} ({m.peak.source})")
     table.add_row("peak memory", f"{m.peak_bytes / 2**30:.2f} GiB per device")
     return table

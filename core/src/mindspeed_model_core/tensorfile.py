@@ -150,7 +150,7 @@ class Slot:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class Reader:
@@ -291,12 +291,12 @@ def open_safetensors(path: Path) -> dict[str, Slot]:
     try:
         header = json.loads(file.read(8, length))
         header.pop("__metadata__", None)
-        entries = {
-            name: (str(e["dtype"]), tuple(int(n) for n in e["shape"]), *(int(n) for n in e["data_offsets"]))
-            for name, e in header.items()
-        }
-        end = max((e[3] for e in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        entries = {}
+        for name, entry in header.items():
+            start, stop = (int(n) for n in entry["data_offsets"])
+            entries[name] = str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), start, stop
+        end = max((stop for *_, stop in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a safetensors file (its header is not readable)") from None
     if base + end > size:
         raise UserError(f"{path}: truncated: {size} bytes, its header asks for {base + end}; download or copy it again")
@@ -412,7 +412,7 @@ def open_pth(path: Path) -> dict[str, Slot]:
         base = tensor.untyped_storage()._checkpoint_offset
         if base is None:
             raise UserError(f"{path}: {name}: torch {torch.__version__} does not say where it lies; torch >= 2.7 does")
-        offset = base + tensor.storage_offset() * tensor.element_size()
+        offset = base + int(tensor.storage_offset()) * tensor.element_size()
         if offset + spec.nbytes > file.size:
             raise UserError(f"{path}: {name}: truncated: ends beyond the file; download or copy it again")
         slots[str(name)] = Slot(file, spec, offset)

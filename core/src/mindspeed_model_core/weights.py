@@ -232,13 +232,15 @@ def _one(config: Any, shards: int | None) -> int:
 class Layout:
     """A published form of a model: file names, tensor names, and where its configuration is written.
 
-    ``table`` gives the weight table for a configuration. ``silent`` are configuration fields the layout cannot carry:
-    they come from the preset that agrees on all others. ``loose`` are fields that leave the weights' meaning alone, so
-    a folder may differ in them from the network it is loaded into. ``extra`` makes tensors the layout has beside
-    ours; ``extras`` names files copied along from the source; ``shards`` gives the number of files.
+    ``build`` makes the network and ``table`` the weight table of a configuration. ``silent`` are configuration fields
+    the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
+    weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
+    the layout has beside ours; ``extras`` names files copied along from the source; ``shards`` gives the number of
+    files.
     """
 
     name: str
+    build: Callable[[Any], nn.Module]
     table: Callable[[Any], Table]
     detect: Callable[[Path], bool]
     read_config: Callable[[Path], Section]
@@ -254,13 +256,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Opened:
-    """A source of weights: its configuration, its table, and its tensors."""
+    """A source of weights: its configuration, its table, its tensors, and where its tokenizer files are."""
 
     path: Path
     config: Any
     table: Table
     tensors: Source
     layout: Layout | None = None
+    extras: str | Path | None = None
 
 
 def find_layout(model: Model, name: str) -> Layout:
@@ -285,18 +288,24 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None) 
     wanted = model.preset(preset) if preset else None
     if is_checkpoint(path):
         run = _Run(path, open_weights(path))
+        if run.model not in (None, model.name):
+            raise UserError(f"{path}: is a checkpoint of {run.model}, not of {model.name}")
         kind = type(next(iter(model.presets.values())))
         config: Any = recipes.validate(kind, run.config, f"{path}: config")  # type: ignore[type-var]
-        opened = Opened(path, config, Table(*(Row(name, name) for name in whole(model, config)[0])), run)
+        opened = Opened(
+            path, config, Table(*(Row(name, name) for name in whole(model.build, config)[0])), run, None, run.tokenizer
+        )
         loose: tuple[str, ...] = ()
     else:
         layout = next((x for x in model.layouts if x.detect(path)), None)
         if layout is None:
             known = ", ".join(f"{x.name} ({x.describe})" if x.describe else x.name for x in model.layouts)
             held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-            raise UserError(f"{path}: no weights of {model.name} here; known: {known}, a run's checkpoint; found: {held}")
+            raise UserError(
+                f"{path}: no weights of {model.name} here; known: {known}, a run's checkpoint; found: {held}"
+            )
         config = _complete(layout.read_config(path), layout, model, wanted)
-        opened = Opened(path, config, layout.table(config), layout.files.open(path), layout)
+        opened = Opened(path, config, layout.table(config), layout.files.open(path), layout, path)
         loose = (*layout.loose, *layout.silent)
     if wanted is not None:
         _agree(path, config, wanted, f"preset {preset!r}", model, loose)
@@ -338,6 +347,9 @@ class _Run:
     def __init__(self, path: Path, opened: Any) -> None:
         self.path, self.opened = path, opened
         self.config: dict[str, Any] = dict(opened.config)
+        info = getattr(opened, "info", {})
+        self.model, recipe = info.get("model"), info.get("recipe") or {}
+        self.tokenizer = (recipe.get("data") or {}).get("tokenizer") or recipe.get("init_from")
 
     def names(self) -> list[str]:
         return list(self.opened.names())
@@ -359,10 +371,10 @@ class _Run:
         return whole if length is None else whole.narrow(dim, start, length)
 
 
-def whole(model: Model, config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, Placement]]:
+def whole(build: Callable[[Any], nn.Module], config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, Placement]]:
     """Return the shape and placement of every parameter of the uncut network, built without memory."""
     with torch.device("meta"):
-        net = model.build(config)
+        net = build(config)
     return {name: tuple(p.shape) for name, p in net.named_parameters()}, dict(placements(net))
 
 
@@ -403,13 +415,14 @@ def load(
     """Read a network's parameters from a hub folder, an original release or a run's checkpoint.
 
     Only names that ``net`` has are read (it may be one pipeline stage), and of each only rank ``tp_rank``'s slice of
-    ``tp``, in the parameter's dtype. ``write(name, tensor)`` takes each slice on the CPU; by default it is copied into
-    the parameter. UserError names the file and key, or the field in which folder and network disagree.
+    ``tp``. Each is copied into its parameter, or given to ``write(name, tensor)`` on the CPU in the folder's dtype, so
+    that a master of more precision than its parameter loses nothing. UserError names the file and key, or the field
+    in which folder and network disagree.
     """
     opened = open_source(source, model)
     loose = (*opened.layout.loose, *opened.layout.silent) if opened.layout else ()
     _agree(opened.path, opened.config, net.config, "this network", model, loose)
-    shapes, where = whole(model, net.config)
+    shapes, where = whole(model.build, net.config)
     bounds = opened.table.bind(shapes)
     check(opened, bounds)
     targets = dict(net.named_parameters())
@@ -418,7 +431,8 @@ def load(
         place = where[name]
         cut = tp > 1 and place.dim is not None
         pieces = place.pieces(shapes[name][place.dim], tp_rank, tp) if cut and place.dim is not None else None
-        return read(opened.tensors, bounds[name], place.dim if cut else None, pieces, targets[name].dtype)
+        kind = targets[name].dtype if write is None else None
+        return read(opened.tensors, bounds[name], place.dim if cut else None, pieces, kind)
 
     with torch.no_grad(), ThreadPoolExecutor(1) as pool:
         ahead: list[tuple[str, Future[Tensor]]] = []
@@ -487,10 +501,9 @@ def _slice(tensors: Source, part: Part, dim: int, start: int, length: int) -> Te
 def save(
     tensors: Iterable[tuple[str, Tensor]] | Callable[[], Iterable[tuple[str, Tensor]]],
     config: Any,
-    layout: Layout | str,
+    layout: Layout,
     destination: str | Path,
     *,
-    model: Model,
     dtype: torch.dtype | None = None,
     shards: int | None = None,
     shard_bytes: int = 5_000_000_000,
@@ -502,18 +515,17 @@ def save(
     ``dtype`` is what is written (default: the first tensor's, and then all must have it). The folder appears whole or
     not at all. Only one process may call this; the others must drain their side of the iterable.
     """
-    layout = find_layout(model, layout) if isinstance(layout, str) else layout
-    shapes, _ = whole(model, config)
+    shapes, _ = whole(layout.build, config)
     bounds = layout.table(config).bind(shapes)
     count = layout.shards(config, shards)
     pairs = iter(tensors() if callable(tensors) else tensors)
-    with _folder(Path(destination), overwrite, model) as folder:
+    with _folder(Path(destination), overwrite, (layout,)) as folder:
         writer: Writer | None = None
         left = set(bounds)
         try:
             for name, tensor in pairs:
                 if name not in left:
-                    raise ValueError(f"{name}: not a parameter of {model.name}, or given twice{nearest(name, left)}")
+                    raise ValueError(f"{name}: not a parameter of the network, or given twice{nearest(name, left)}")
                 if tuple(tensor.shape) != shapes[name]:
                     raise ValueError(f"{name}: has shape {list(tensor.shape)}, the whole one is {list(shapes[name])}")
                 kind = dtype or tensor.dtype
@@ -535,7 +547,7 @@ def save(
             if writer is not None:
                 writer.close()
         layout.write_config(config, folder, first)
-        _copy_extras(Path(extras_from) if extras_from else None, layout, folder)
+        _copy_extras(extras_from, layout, folder)
 
 
 def convert(
@@ -560,7 +572,7 @@ def convert(
     """
     layout = find_layout(model, layout) if isinstance(layout, str) else layout
     opened = open_source(source, model, preset=preset)
-    shapes, _ = whole(model, opened.config)
+    shapes, _ = whole(model.build, opened.config)
     bounds, goals = opened.table.bind(shapes), layout.table(opened.config).bind(shapes)
     check(opened, bounds)
     tensors = opened.tensors
@@ -580,7 +592,7 @@ def convert(
     count = layout.shards(opened.config, shards)
     extra = layout.extra(opened.config, common)
     total, done = sum(job.nbytes for job in jobs), 0
-    with _folder(Path(destination), overwrite, model, source=opened.path) as folder:
+    with _folder(Path(destination), overwrite, model.layouts, source=opened.path) as folder:
         writer = _create(folder, layout, specs, extra, count, shard_bytes)
         # A checkpoint's reader is not ours to call from several threads.
         pool = ThreadPoolExecutor(_WORKERS if opened.layout else 1)
@@ -596,8 +608,7 @@ def convert(
             pool.shutdown(wait=True, cancel_futures=True)
             writer.close()
         layout.write_config(opened.config, folder, common)
-        origin = Path(extras_from) if extras_from else (opened.path if opened.layout else None)
-        _copy_extras(origin, layout, folder)
+        _copy_extras(extras_from or opened.extras, layout, folder)
 
 
 @dataclass(frozen=True)
@@ -632,28 +643,33 @@ def _create(
     everything = {**specs, **{name: Spec(t.dtype, tuple(t.shape)) for name, t in extra.items()}}
     need, free = sum(spec.nbytes for spec in everything.values()), shutil.disk_usage(folder).free
     if need > free:
-        raise OSError(errno.ENOSPC, f"{need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+        raise OSError(errno.ENOSPC, f"{need / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
     writer = layout.files.create(folder, everything, shards=shards, shard_bytes=shard_bytes)
     for name, tensor in extra.items():
         writer.write(name, tensor)
     return writer
 
 
-def _copy_extras(origin: Path | None, layout: Layout, folder: Path) -> None:
+def _copy_extras(origin: str | Path | None, layout: Layout, folder: Path) -> None:
+    if origin is None:
+        return
+    origin = Path(origin).parent if Path(origin).is_file() else Path(origin)
     for name in layout.extras:
-        if origin is not None and (origin / name).is_file() and not (folder / name).exists():
+        if (origin / name).is_file() and not (folder / name).exists():
             shutil.copyfile(origin / name, folder / name)
 
 
 @contextmanager
-def _folder(destination: Path, overwrite: bool, model: Model, source: Path | None = None) -> Iterator[Path]:
+def _folder(
+    destination: Path, overwrite: bool, layouts: tuple[Layout, ...], source: Path | None = None
+) -> Iterator[Path]:
     """Give a temporary folder that becomes ``destination`` if all goes well and is removed if not."""
     target = Path(os.path.realpath(destination))
     if source is not None:
         origin = Path(os.path.realpath(source))
         if target == origin or target in origin.parents:
             raise UserError(f"{destination}: is the source {source}, or holds it; choose another destination")
-    _vacant(destination, target, overwrite, model)
+    _vacant(destination, target, overwrite, layouts)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -673,7 +689,7 @@ def _folder(destination: Path, overwrite: bool, model: Model, source: Path | Non
                 raise
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            _vacant(destination, target, overwrite, model)
+            _vacant(destination, target, overwrite, layouts)
             os.rename(temporary, target)
         _sync(target.parent)
     except OSError as error:
@@ -685,7 +701,7 @@ def _folder(destination: Path, overwrite: bool, model: Model, source: Path | Non
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _vacant(destination: Path, target: Path, overwrite: bool, model: Model) -> None:
+def _vacant(destination: Path, target: Path, overwrite: bool, layouts: tuple[Layout, ...]) -> None:
     """Raise UserError if something is at the destination that may not be replaced."""
     if not os.path.lexists(target):
         return
@@ -694,8 +710,11 @@ def _vacant(destination: Path, target: Path, overwrite: bool, model: Model) -> N
     if any(target.iterdir()):
         if not overwrite:
             raise UserError(f"{destination}: exists; choose another destination, or overwrite it with --overwrite")
-        if not any(layout.detect(target) for layout in model.layouts):
-            raise UserError(f"{destination}: holds no weights of {model.name}, so it is not overwritten; remove it first")
+        if not any(layout.detect(target) for layout in layouts):
+            names = " or ".join(layout.name for layout in layouts)
+            raise UserError(
+                f"{destination}: holds no weights in layout {names}, so it is not overwritten; remove it first"
+            )
 
 
 def _sync(path: Path) -> None:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from mindspeed_model_core.data import train_tokenizer
 from mindspeed_model_core.model import Batch, Trunk
 from mindspeed_model_core.testing.suite import ModelSuite
 from mindspeed_model_llama2 import MODEL
 from mindspeed_model_llama2.task import Llama2Recipe
-from text import corpus
 from torch import Tensor, nn
 
 LENGTH = 24
+WORDS = "the model learns to read a little text and each line is a document of its own".split()
+
+
+def corpus(folder: Path) -> dict[str, Any]:
+    """Write a small text and a tokenizer trained on it; return the ``data`` fields that name them."""
+    text = folder / "text.jsonl"
+    if not text.exists():
+        lines = [" ".join(WORDS[i % 5 : 5 + i % 11] * (1 + i % 4)) for i in range(40)]
+        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        train_tokenizer(lines, 320, folder / "tokenizer")
+    return {"path": str(text), "tokenizer": str(folder / "tokenizer")}
 
 
 class TestSuite(ModelSuite):
     model = MODEL
     variants = ({}, {"num_key_value_heads": 4})
     spread = {"num_key_value_heads": 4}
-    parameter_counts = {"7b": 6738415616, "13b": 13015864320, "70b": 68976648192, "tiny": 249152}
+    parameter_counts = {"7b": 6738415616, "13b": 13015864320, "70b": 68976648192, "tiny": 250432}
 
     def recipe(self, folder: Path, **changes: Any) -> Llama2Recipe:
         fields: dict[str, Any] = {
@@ -28,7 +40,7 @@ class TestSuite(ModelSuite):
             "precision": "fp32",
             "steps": 4,
             "global_batch": 4,
-            "data": {**corpus(folder), "sequence_length": LENGTH},
+            "data": {**({} if folder == Path(".") else corpus(folder)), "sequence_length": LENGTH},
             "metrics": {"trackers": ()},
         }
         return Llama2Recipe(**{**fields, **changes})

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..model import Batch
 
-IGNORED = -100
+IGNORE = -100
 Tokens = NDArray[np.int32]
 
 
@@ -41,7 +41,7 @@ def fill(document: Tokens, offset: int, length: int, following: Callable[[], Tok
         tokens[at : at + count] = document[offset : offset + count]
         after = document[offset + 1 : offset + count + 1]
         labels[at : at + len(after)] = after
-        labels[at + len(after) : at + count] = IGNORED
+        labels[at + len(after) : at + count] = IGNORE
         lengths.append(count)
         at, offset = at + count, offset + count
     return Packed(tokens, labels, tuple(lengths)), document, offset

@@ -8,7 +8,7 @@ hold; and because positions travel with the samples, what was prefetched and nev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -37,16 +37,26 @@ class SlotLoader:
     """A ``task.Loader`` over a Source: the micro-batches of data rank ``rank`` of ``ranks``, step by step.
 
     Slot ``s`` belongs to rank ``s // micro_batch % ranks``. ``collate`` makes a micro-batch of its samples.
-    ``workers`` processes read ahead, each the slots it owns; 0 reads in this process.
+    ``workers`` processes read ahead, each the slots it owns; 0 reads in this process. ``identity`` are facts about the
+    data that a saved position depends on.
     """
 
     def __init__(
-        self, source: Source, collate: Callable[[list[Any]], Batch], *, global_batch: int, micro_batch: int, rank: int,
-        ranks: int, workers: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        collate: Callable[[list[Any]], Batch],
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        workers: int = 0,
+        identity: Mapping[str, int] | None = None,
+    ) -> None:
         self.source, self.collate, self.global_batch, self.micro_batch = source, collate, global_batch, micro_batch
         self.slots = owned(global_batch, micro_batch, rank, ranks)
         self.workers = min(workers, len(self.slots))
+        self.identity = dict(identity or {})
         self.positions = {slot: source.start(slot) for slot in self.slots}
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -76,13 +86,13 @@ class SlotLoader:
             yield [self.collate(samples[i : i + self.micro_batch]) for i in range(0, len(samples), self.micro_batch)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``{"slots": {slot: position}}`` of this rank's slots after the last step yielded."""
-        return {"slots": {str(slot): list(position) for slot, position in self.positions.items()}}
+        """Return ``{"slots": {slot: position}, **identity}``, of this rank's slots after the last step yielded."""
+        return {"slots": {str(slot): list(position) for slot, position in self.positions.items()}, **self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the positions of all slots, merged over data ranks; the next ``iter`` starts there.
 
-        Raises UserError if they are not those of ``global_batch`` slots.
+        Raises UserError if they are not those of ``global_batch`` slots, or of other data.
         """
         saved = state.get("slots", {})
         if set(saved) != {str(slot) for slot in range(self.global_batch)}:
@@ -90,6 +100,12 @@ class SlotLoader:
                 f"global_batch={self.global_batch}: the saved data position is of {len(saved)} slots; "
                 f"resume with global_batch={len(saved)}"
             )
+        for key, value in self.identity.items():
+            if state.get(key, value) != value:
+                raise UserError(
+                    f"data: {key}={value} now and {state[key]} when the position was saved; "
+                    "resume with the data the run began with"
+                )
         self.positions = {slot: list(saved[str(slot)]) for slot in self.slots}
 
 

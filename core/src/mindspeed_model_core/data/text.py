@@ -57,11 +57,16 @@ class PackedText(SlotLoader):
             )
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {tokenizer.name_or_path}: has no end-of-text token (eos_token)")
-        source = _Text(documents, tokenizer, data.sequence_length, global_batch, seed if data.shuffle else None)
         super().__init__(
-            source, packing.pack, global_batch=global_batch, micro_batch=micro_batch, rank=rank, ranks=ranks,
+            _Text(documents, tokenizer, data.sequence_length, global_batch, seed if data.shuffle else None),
+            packing.pack,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            ranks=ranks,
             workers=data.workers,
-        )  # fmt: skip
+            identity={"documents": len(documents)},
+        )
         self.documents = documents
 
 
@@ -74,11 +79,6 @@ class _Text:
 
     def stream(self, slot: int, position: Position) -> Iterator[tuple[Packed, Position]]:
         epoch, place, offset = position
-        if place >= len(self.documents):
-            raise UserError(
-                f"the saved data position is at document {place}, the data has {len(self.documents)}; "
-                "resume with the data the run began with"
-            )
 
         def following() -> Tokens:
             nonlocal epoch, place
@@ -109,16 +109,28 @@ class _Text:
 class RandomText(SlotLoader):
     """Endless sequences of random tokens in documents of random length, the same under any number of ranks.
 
-    ``mean_document`` is the mean of the geometrically distributed document lengths; None: one fills a sequence.
+    Document lengths are drawn geometrically with mean ``mean_document``; None: one document fills each sequence.
     """
 
     def __init__(
-        self, *, vocab_size: int, sequence_length: int, mean_document: int | None = None, global_batch: int,
-        micro_batch: int, seed: int, rank: int, ranks: int,
-    ) -> None:  # fmt: skip
-        source = _Random(vocab_size, sequence_length, mean_document, seed)
+        self,
+        *,
+        vocab_size: int,
+        sequence_length: int,
+        mean_document: int | None = None,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+    ) -> None:
         super().__init__(
-            source, packing.pack, global_batch=global_batch, micro_batch=micro_batch, rank=rank, ranks=ranks
+            _Random(vocab_size, sequence_length, mean_document, seed),
+            packing.pack,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            ranks=ranks,
         )
 
 

@@ -120,7 +120,7 @@ def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
             parameter = getattr(module, name)
             if parameter is not None and placement.dim is not None:
                 share = placement.narrow(parameter.detach(), mesh.tp_rank, mesh.tp)
-                setattr(module, name, nn.Parameter(share))
+                setattr(module, name, nn.Parameter(share.contiguous()))
         module.tp = tp  # type: ignore[assignment]
     net.sequence_ranks = mesh.tp if parallel.sequence else 1
 

@@ -25,7 +25,7 @@ def run(parallel: Parallel, batches: list[Batch], loss: Callable[[Tensor, Batch]
     def scaled(output: Tensor, batch: Batch) -> Tensor:
         value = loss(output, batch)
         total.add_(value.detach())
-        return value * (parallel.loss_scale / count)
+        return value * parallel.loss_scale / count
 
     if mesh.pp == 1:
         for index, batch in enumerate(batches):

@@ -52,7 +52,8 @@ def _enter(rank: int, world: int, function: Callable[..., Any], folder: str, arg
         )
         result = function(*args, **kwargs)
         torch.save(result, Path(folder) / f"result-{rank}")
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
         status = 0
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mindspeed_model_core.data import IGNORE, Loader, PackedText, RandomText
 from mindspeed_model_core.model import Batch
 from mindspeed_model_core.recipe import Recipe
@@ -34,11 +32,23 @@ class NextToken:
 
     def synthetic(self, rank: int, ranks: int) -> Loader:
         """Return random tokens in documents of the recipe's mean length."""
-        return RandomText(self.recipe.data, self.config.vocab_size, **self._order(rank, ranks))
+        data = self.recipe.data
+        return RandomText(
+            vocab_size=self.config.vocab_size,
+            sequence_length=data.sequence_length,
+            mean_document=data.synthetic_document,
+            **self._order(rank, ranks),
+        )
 
-    def _order(self, rank: int, ranks: int) -> dict[str, Any]:
-        r = self.recipe
-        return dict(global_batch=r.global_batch, micro_batch=r.micro_batch, seed=r.seed, rank=rank, ranks=ranks)
+    def _order(self, rank: int, ranks: int) -> dict[str, int]:
+        recipe = self.recipe
+        return {
+            "global_batch": recipe.global_batch,
+            "micro_batch": recipe.micro_batch,
+            "seed": recipe.seed,
+            "rank": rank,
+            "ranks": ranks,
+        }
 
     def encode(self, batch: Batch) -> Batch:
         """Return the batch unchanged: text has no encoder."""

@@ -14,6 +14,7 @@ from mindspeed_model_core.weights import Cat, HeadPermute, Layout, Row, Same, Ta
 from torch import Tensor
 
 from .config import PRESETS, Llama2Config
+from .model import Llama2
 
 TOKENIZER = (
     "tokenizer.model",
@@ -135,6 +136,7 @@ def write_hub_config(config: Llama2Config, folder: Path, dtype: torch.dtype) -> 
 HUB = Layout(
     name="hub",
     describe="config.json with model.safetensors",
+    build=Llama2,
     table=hub_table,
     detect=lambda folder: (folder / "config.json").is_file(),
     read_config=read_hub_config,
@@ -218,7 +220,8 @@ def read_original_config(folder: Path) -> Llama2Config:
     vocab, dim = shapes["tok_embeddings.weight"]
     files = len(tensors.slots["tok_embeddings.weight"][0])
     if dim != raw["dim"]:
-        hint = f"{raw['dim'] // dim * files} files make it whole" if raw["dim"] % dim == 0 else "they do not go together"
+        whole = f"{raw['dim'] // dim * files} files make it whole"
+        hint = whole if raw["dim"] % dim == 0 else "they do not go together"
         raise UserError(f"{folder}: {files} consolidated file(s) hold {dim} of {path.name}'s dim={raw['dim']}; {hint}")
     if raw.get("vocab_size", -1) not in (-1, vocab):
         raise UserError(f"{path}: vocab_size={raw['vocab_size']!r}, but tok_embeddings.weight has {vocab} rows")
@@ -275,6 +278,7 @@ def original_extra(config: Llama2Config, dtype: torch.dtype) -> dict[str, Tensor
 ORIGINAL = Layout(
     name="original",
     describe="params.json with consolidated.00.pth",
+    build=Llama2,
     table=original_table,
     detect=lambda folder: (folder / "params.json").is_file() or (folder / "consolidated.00.pth").is_file(),
     read_config=read_original_config,

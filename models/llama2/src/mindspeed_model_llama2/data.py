@@ -1,0 +1,69 @@
+"""Llama-2's text: its sequence length and where its tokenizer is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindspeed_model_core import checkpoint
+from mindspeed_model_core.data import TextData, load_tokenizer
+from mindspeed_model_core.data.tokenizer import has_tokenizer
+from mindspeed_model_core.errors import UserError
+from pydantic import Field, PositiveInt
+
+from .config import Llama2Config
+
+if TYPE_CHECKING:
+    from .task import Llama2Recipe
+
+
+class Llama2Data(TextData):
+    """Text in sequences of Llama-2's context length."""
+
+    sequence_length: PositiveInt = Field(4096, description="tokens per sample; Llama-2 was pre-trained with 4096")
+
+
+def open_tokenizer(recipe: Llama2Recipe, config: Llama2Config) -> Any:
+    """Return the recipe's tokenizer: ``data.tokenizer``, or the one that came with ``init_from``.
+
+    Raises UserError if neither gives one, or if it does not fit the configuration.
+    """
+    source = recipe.data.tokenizer
+    if source is None:
+        if recipe.init_from is None:
+            raise UserError("data.tokenizer: this field is required without init_from; give a folder with a tokenizer")
+        source = find_tokenizer(recipe.init_from)
+        if source is None:
+            raise UserError(
+                f"init_from={recipe.init_from}: no tokenizer there; set data.tokenizer to a folder with one"
+            )
+    return fitting_tokenizer(source, config)
+
+
+def fitting_tokenizer(source: str | Path, config: Llama2Config) -> Any:
+    """Return a folder's tokenizer; UserError if its vocabulary or its begin or end token is not the model's."""
+    tokenizer = load_tokenizer(source, config.vocab_size)
+    for name in ("bos_token_id", "eos_token_id"):
+        theirs, ours = getattr(tokenizer, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(
+                f"tokenizer {source}: {name} is {theirs}, the model's is {ours}; set config.{name}={theirs}"
+            )
+    return tokenizer
+
+
+def find_tokenizer(source: str | Path) -> str | None:
+    """Return the folder of the tokenizer that belongs to weights, or None.
+
+    It is beside the weights; one folder up in Meta's releases; or, for a run, where its recipe found it.
+    """
+    folder = Path(source).expanduser()
+    if has_tokenizer(folder):
+        return str(folder)
+    if (folder / "params.json").is_file() and (folder.absolute().parent / "tokenizer.model").is_file():
+        return str(folder.absolute().parent / "tokenizer.model")
+    if checkpoint.is_checkpoint(folder):
+        recipe = checkpoint.read_info(checkpoint.locate(folder))["recipe"]
+        named, weights = recipe["data"].get("tokenizer"), recipe.get("init_from")
+        return named or (find_tokenizer(weights) if weights else None)
+    return None

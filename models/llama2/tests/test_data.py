@@ -1,0 +1,85 @@
+"""Llama-2's tokenizer is found where it belongs and must fit the network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mindspeed_model_core.data import train_tokenizer
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_llama2.config import PRESETS
+from mindspeed_model_llama2.data import Llama2Data, find_tokenizer, open_tokenizer
+from mindspeed_model_llama2.task import Llama2Recipe, NextToken
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words") / "tokenizer"
+    train_tokenizer(["a few words to learn from, and a few more words"] * 4, 300, folder)
+    return folder
+
+
+def recipe(data: dict[str, Any] | None = None, **fields: Any) -> Llama2Recipe:
+    return Llama2Recipe(preset="tiny", global_batch=4, data=Llama2Data(**(data or {})), **fields)
+
+
+def test_the_tokenizer_of_the_data_goes_before_that_of_the_weights(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "weights")
+    config = PRESETS["tiny"]
+    named = open_tokenizer(recipe({"tokenizer": str(trained)}, init_from=str(tmp_path / "weights")), config)
+    assert named.name_or_path == str(trained)
+    assert open_tokenizer(recipe(init_from=str(tmp_path / "weights")), config).name_or_path == str(tmp_path / "weights")
+
+
+def test_metas_release_keeps_its_tokenizer_one_folder_up(tmp_path: Path) -> None:
+    release = tmp_path / "llama-2-7b"
+    release.mkdir()
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    assert find_tokenizer(release) is None
+    (release / "params.json").write_text("{}")
+    assert find_tokenizer(release) == str(tmp_path / "tokenizer.model")
+
+
+def test_a_run_remembers_its_tokenizer(trained: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    for fields, found in (
+        ({"data": {"tokenizer": str(trained)}, "init_from": None}, str(trained)),
+        ({"data": {"tokenizer": None}, "init_from": str(trained)}, str(trained)),
+        ({"data": {"tokenizer": None}, "init_from": None}, None),
+    ):
+        (checkpoint / "run.json").write_text(json.dumps({"recipe": fields}))
+        assert find_tokenizer(checkpoint) == find_tokenizer(tmp_path / "run") == found
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "changes", "message"),
+    [
+        ({}, {}, {}, "data.tokenizer: this field is required without init_from"),
+        ({}, {"init_from": "{empty}"}, {}, "no tokenizer there; set data.tokenizer"),
+        ({"tokenizer": "{trained}"}, {}, {"vocab_size": 100}, "the model's vocab_size is 100"),
+        ({"tokenizer": "{trained}"}, {}, {"eos_token_id": 7}, "eos_token_id is 2, the model's is 7"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    trained: Path, tmp_path: Path, data: Any, fields: Any, changes: Any, message: str
+) -> None:
+    places = {"{empty}": str(tmp_path), "{trained}": str(trained)}
+    data, fields = ({key: places.get(value, value) for key, value in part.items()} for part in (data, fields))
+    with pytest.raises(UserError) as caught:
+        open_tokenizer(recipe(data, **fields), PRESETS["tiny"].model_copy(update=changes))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_tasks_loaders_have_the_recipes_shapes(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"a few words {i}" for i in range(9)))
+    made = recipe({"path": str(tmp_path), "tokenizer": str(trained), "sequence_length": 32}, micro_batch=2)
+    task = NextToken(made, PRESETS["tiny"])
+    for loader in (task.data(1, 2), task.synthetic(1, 2)):
+        (batch,) = next(iter(loader))
+        assert batch["tokens"].shape == (64,) and sum(batch["lengths"]) == 64
+        assert int(batch["tokens"].max()) < 512 and set(loader.state_dict()["slots"]) == {"2", "3"}
+    assert Llama2Data().sequence_length == 4096
