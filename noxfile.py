@@ -7,6 +7,7 @@ nox -s "unit(llama2)" -- -k rope -x. All sessions share one environment, .nox/de
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -63,13 +64,13 @@ def module(package: str) -> str:
 
 
 def having(tier: str) -> dict[str, Path]:
-    """Return the packages with tests of a tier: a folder of that name, the mark, or core's suite for models."""
+    """Return the packages with tests of a tier: in a folder of that name, by its mark, or inherited from ModelSuite."""
+    suite = (PACKAGES["core"] / "src" / module("core") / "testing" / "suite.py").read_text(encoding="utf-8")
     out = {}
     for name, folder in PACKAGES.items():
         texts = [f.read_text(encoding="utf-8") for f in folder.glob("tests/**/*.py")]
-        in_suite = tier == "dist" or (tier == "parity" and any("def reference" in t for t in texts))
-        suite = in_suite and any("ModelSuite" in t for t in texts)
-        if suite or (folder / "tests" / tier).is_dir() or any(f"mark.{tier}" in t for t in texts):
+        own = any(folder.glob(f"tests/{tier}/test_*.py")) or any(f"mark.{tier}" in t for t in texts)
+        if own or (f"mark.{tier}" in suite and any("(ModelSuite)" in t for t in texts)):
             out[name] = folder
     return out
 
@@ -159,36 +160,52 @@ def parity(session: nox.Session, package: str) -> None:
     pytest(session, str(PACKAGES[package] / "tests"), "-m", "parity")
 
 
-def accelerator(session: nox.Session) -> str:
-    """Return the accelerator's type, or skip the session and say why."""
-    code = "from mindspeed_model_core import device; print(device.pick().type)"
-    found = session.run(str(DEV / "bin" / "python"), "-c", code, external=True, silent=True)
-    kind = str(found).split()[-1]
-    if kind == "cpu":
-        session.skip("no accelerator here (neither an Ascend NPU with torch_npu nor CUDA): nothing was tested")
-    return kind
+def hardware(session: nox.Session) -> tuple[str, str]:
+    """Return the kind of device that runs would use here, and its name."""
+    code = "from mindspeed_model_core import device as d; here = d.pick(); print(here.type, d.name(here))"
+    printed = session.run(str(DEV / "bin" / "python"), "-c", code, external=True, silent=True)
+    kind, _, name = str(printed).strip().splitlines()[-1].partition(" ")
+    return kind, name
 
 
 @per_package(having("device"))
 def device(session: nox.Session, package: str) -> None:
     """Run the tests that need a real accelerator; skipped, saying so, where there is none."""
-    session.log(f"accelerator: {accelerator(session)}")
+    kind, name = hardware(session)
+    if kind == "cpu":
+        session.skip("no accelerator here (neither an Ascend NPU with torch_npu nor CUDA): nothing was tested")
+    session.log(f"accelerator: {name}")
     pytest(session, str(PACKAGES[package] / "tests"), "-m", "device")
 
 
 @per_package(MODELS)
 def perf(session: nox.Session, package: str) -> None:
-    """Measure a model's recipes and compare with perf_baselines/: nox -s "perf(llama2)" -- RECIPE."""
-    if not session.posargs:
-        session.error(f'which recipe? nox -s "perf({package})" -- RECIPE; mindspeed-{package} recipes lists them')
-    run(session, f"mindspeed-{package}", "measure", *session.posargs, "--compare")
+    """Measure again what was recorded on this hardware and compare, or what follows: -- RECIPE [key=value ...]."""
+    kind, name = hardware(session)
+    session.log(f"hardware: {name}" + (" (no accelerator: the CPU is measured)" if kind == "cpu" else ""))
+    jobs = [tuple(session.posargs)] if session.posargs else recorded(package, name)
+    if not jobs:
+        session.skip(f"nothing is recorded on {name}; mindspeed-{package} measure RECIPE --record does it")
+    for job in jobs:
+        run(session, f"mindspeed-{package}", "measure", *job, "--compare")
+
+
+def recorded(package: str, hardware: str) -> list[tuple[str, ...]]:
+    """Return the recipes and device counts that a model's baselines have on this hardware."""
+    file = ROOT / "perf_baselines" / f"{package}.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["hardware"] == hardware]
+    return sorted({(row["recipe"], "--nproc", row["devices"]) for row in rows})
 
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 package = importlib.import_module(sys.argv[1])
 for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    importlib.import_module(found.name)
+    if not found.name.endswith(("__main__", ".demo")) and ".testing" not in found.name:
+        importlib.import_module(found.name)
 """
 
 
@@ -203,7 +220,7 @@ def contracts() -> str:
     def section(name: str, title: str, kind: str, **fields: list[str] | str) -> Iterator[str]:
         yield from (f"[importlinter:contract:{name}]", f"name = {title}", f"type = {kind}")
         for key, value in fields.items():
-            yield f"{key} =" + "".join(f"\n    {v}" for v in ([value] if isinstance(value, str) else value))
+            yield f"{key} = {value}" if isinstance(value, str) else f"{key} =" + "".join(f"\n    {v}" for v in value)
 
     def door(library: str, only: str) -> Iterator[str]:
         return section(
@@ -211,8 +228,8 @@ def contracts() -> str:
             f"{library} is imported by {only} alone",
             "forbidden",
             source_modules=packages,
-            forbidden_modules=library,
-            ignore_imports=f"{only} -> {library}",
+            forbidden_modules=[library],
+            ignore_imports=[f"{only} -> {library}"],
             allow_indirect_imports="True",
             unmatched_ignore_imports_alerting="none",
         )
@@ -263,10 +280,11 @@ def wheel(session: nox.Session, package: str) -> None:
     session.run("python", "-m", "pip", "check")
     # Away from the checkout, so that nothing can come from its folders.
     with tempfile.TemporaryDirectory() as empty, session.chdir(empty):
-        session.run("mindspeed", "list")
+        session.run("python", "-c", IMPORT_ALL, module(package))
+        session.run("mindspeed", "--version")
         if package == "core":
             return
-        session.run("python", "-c", IMPORT_ALL, module(package))
+        session.run("mindspeed", "list")
         listed = str(session.run(f"mindspeed-{package}", "recipes", silent=True))
         shipped = [f.stem for f in sorted(RELEASED[package].glob("src/*/recipes/*.yaml"))]
         missing = [r for r in shipped if r not in listed]

@@ -63,7 +63,7 @@ def test_changelogs_end_at_the_version(name: str) -> None:
     version = project(folder)["project"]["version"]
     assert released[:1] in ([], [version]), f"pyproject.toml says {version}, CHANGELOG.md {released[:1]}"
     kinds = {t["directory"] for t in project(ROOT)["tool"]["towncrier"]["type"]}
-    for fragment in (folder / "newsfragments").glob("*"):
+    for fragment in (folder / "newsfragments").glob("[!.]*"):
         assert re.fullmatch(rf"(\+?[\w-]+)\.({'|'.join(kinds)})(\.\d+)?\.md", fragment.name), fragment
 
 

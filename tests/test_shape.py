@@ -14,8 +14,18 @@ import pytest
 from .repository import MODELS, NOXFILE, PACKAGES, ROOT, project
 
 FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "newsfragments", "src", "tests"}
-SOURCES = {"__init__.py", "config.py", "data.py", "generate.py", "model.py", "recipes", "task.py", "weights.py"}
-MAY_HAVE = {"__main__.py", "demo.py", "py.typed"}
+SOURCES = {
+    "__init__.py",
+    "__main__.py",
+    "config.py",
+    "data.py",
+    "generate.py",
+    "model.py",
+    "recipes",
+    "task.py",
+    "weights.py",
+}
+MAY_HAVE = {"demo.py", "py.typed"}
 
 
 def listed(folder: Path) -> set[str]:

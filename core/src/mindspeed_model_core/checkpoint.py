@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -111,6 +113,9 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo") if mesh.groups else None
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
+        if mesh.rank == 0:
+            for torn in folder.glob(".step-*.tmp"):
+                shutil.rmtree(torn)
 
     def save(
         self, step: int, shards: dict[str, Shard], optimizer: AdamW, info: dict[str, Any], *, wait: bool = False
@@ -184,7 +189,7 @@ def _reason(error: BaseException) -> str:
     """Return the operating system's reason if there is one below ``error``, on one line."""
     seen: list[BaseException | None] = [error]
     for failure in getattr(error, "failures", {}).values():
-        seen.append(failure[0])
+        seen.insert(0, failure[0])
     for item in seen:
         while item is not None:
             if isinstance(item, UserError):
@@ -194,7 +199,8 @@ def _reason(error: BaseException) -> str:
             if "PytorchStreamWriter" in str(item) or "No space left" in str(item):
                 return "No space left on device"
             item = item.__cause__ or item.__context__
-    return " ".join(str(error).split())[:300]
+    first = seen[0]
+    return f"{type(first).__name__} {' '.join(str(first).split())[:300]}".strip()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -250,7 +256,7 @@ def load(path: Path, shards: dict[str, Shard], optimizer: AdamW, mesh: Mesh) -> 
             process_group=mesh.host_group,
             no_dist=not mesh.groups,
         )
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise UserError(f"{path}: cannot be loaded: {_reason(error)}") from None
     with torch.no_grad():
         for shard in shards.values():
@@ -288,7 +294,9 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """Return a whole parameter in the dtype it was saved in."""
         out = torch.empty(self.shape(name), dtype=self._entry(name).properties.dtype)
-        dcp.load({f"model.{name}": out}, storage_reader=_KnownReader(self.path, self.metadata), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that no process group is up, which is meant
+            dcp.load({f"model.{name}": out}, storage_reader=_KnownReader(self.path, self.metadata), no_dist=True)
         return out
 
     def __iter__(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:

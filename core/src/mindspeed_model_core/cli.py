@@ -44,7 +44,7 @@ RecipeName = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: parallel.tp=2 optim.lr=1e-4 steps=100."),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: parallel.tp=2 optim.lr=1e-4 steps=100."),
 ]
 Nproc = Annotated[
     str | None,
@@ -119,10 +119,10 @@ def _new(help_text: str, prog: str, distribution: str) -> typer.Typer:
     )
 
 
-def _help(text: str, *examples: str) -> str:
-    """Return help text followed by examples; square brackets are literal."""
+def _help(summary: str, text: str, *examples: str) -> str:
+    """Return help: a line that lists of commands show, what else there is to know, examples."""
     lines = "\n".join(f"[green]$ {example}[/green]" for example in examples)
-    return f"{text}\n\n[bold]Examples[/bold]\n\n\b\n{lines}"
+    return f"{summary}\n\n{text}\n\n[bold]Examples[/bold]\n\n\b\n{lines}"
 
 
 def app(model: Model) -> typer.Typer:
@@ -130,8 +130,8 @@ def app(model: Model) -> typer.Typer:
     prog = f"mindspeed-{model.name}"
     cli = _new(
         _help(
-            f"Train, convert, measure and run {model.name}. A recipe is a set of values: list them, look at one with "
-            "your changes, then train it.",
+            f"Train, convert, measure and run {model.name}.",
+            "A recipe is a set of values: list them, look at one with your changes, then train it.",
             f"{prog} recipes",
             f"{prog} show NAME steps=100",
             f"{prog} train NAME steps=100 --nproc 2",
@@ -146,7 +146,8 @@ def app(model: Model) -> typer.Typer:
     @cli.command(
         "recipes",
         help=_help(
-            "List the recipes of this package: what each trains and which published number it repeats.",
+            "List the recipes of this package.",
+            "Each says what it trains and which published number it repeats, a row of perf_baselines/published.csv.",
             f"{prog} recipes",
         ),
     )
@@ -155,13 +156,13 @@ def app(model: Model) -> typer.Typer:
         for name in recipes.names(model.package):
             each = model.load_recipe(name)
             table.add_row(each.name, each.preset, each.description, each.reproduces or "")
-        Console().print(table)
+        _print(table)
 
     @cli.command(
         help=_help(
-            "Print a recipe in full, your changes applied, its digest, the number of parameters, and an estimate of "
-            "the memory each device will need. Nothing is loaded or written. Redirected to a file, the output is "
-            "itself a recipe.",
+            "Print a recipe in full, and the memory it will need.",
+            "Your changes are applied; then come its digest, the number of parameters and an estimate of the memory "
+            "of each device. Nothing is loaded or written. Redirected to a file, the output is itself a recipe.",
             f"{prog} show NAME",
             f"{prog} show NAME parallel.tp=2 parallel.shard=zero1 --nproc 8",
             f"{prog} show NAME optim.lr=1e-4 > mine.yaml",
@@ -195,13 +196,14 @@ def app(model: Model) -> typer.Typer:
 
     @cli.command(
         help=_help(
-            "Train. Checkpoints, metrics and the loss curve go to the run folder; SIGTERM saves and ends the run, "
+            "Train a recipe.",
+            "Checkpoints, metrics and the loss curve go to the run folder; SIGTERM saves and ends the run, "
             "--resume continues it, under another parallel layout too. Any torchrun launch works instead of --nproc.",
             f"{prog} train NAME",
             f"{prog} train NAME init_from=path/to/hub-folder data.path=texts/ --nproc 8",
             f"{prog} train NAME parallel.tp=2 parallel.pp=2 --nproc 8 --run-dir runs/first",
             f"{prog} train NAME parallel.shard=zero3 --nproc 8 --run-dir runs/first --resume",
-            f"torchrun --nnodes 2 ... -m {model.package} train NAME",
+            f"torchrun --nnodes 2 ... --no-python {prog} train NAME",
         )
     )
     def train(
@@ -225,8 +227,9 @@ def app(model: Model) -> typer.Typer:
 
     @cli.command(
         help=_help(
-            "Write a model's weights in another layout. The source is a hub folder, an original release or a run's "
-            "checkpoint; which one is detected. Weights are streamed: memory stays small whatever the size.",
+            "Write weights in another layout.",
+            "The source is a hub folder, an original release or a run's checkpoint; which one is detected. Weights are "
+            "streamed: memory stays small whatever the size.",
             f"{prog} convert runs/first/checkpoints/step-00001000 exported --layout hub",
             f"{prog} convert path/to/hub-folder released --layout original",
         )
@@ -269,8 +272,9 @@ def app(model: Model) -> typer.Typer:
 
     @cli.command(
         help=_help(
-            "Measure a recipe's training speed on random data of its shapes. --compare holds the result against what "
-            "was recorded on the same hardware and against published numbers; --record adds it.",
+            "Measure a recipe's training speed.",
+            "It trains on random data of the recipe's shapes. --compare holds the result against what was recorded on "
+            "the same hardware and against published numbers; --record adds it.",
             f"{prog} measure NAME",
             f"{prog} measure NAME --steps 20 --compare --nproc 8",
         )
@@ -334,6 +338,13 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _print(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # one line a row, for grep
+    console.print(table)
+
+
 def run(model: Model) -> None:
     """Run a model's command line: what its console script calls."""
     typer.main.get_command(app(model))(prog_name=f"mindspeed-{model.name}")
@@ -347,7 +358,12 @@ def common() -> None:
 def common_app() -> typer.Typer:
     """Return the command line that belongs to no one model."""
     cli = _new(
-        _help("What is installed of the MindSpeed model zoo.", "mindspeed list", "mindspeed-llama2 recipes"),
+        _help(
+            "What is installed of the MindSpeed model zoo.",
+            "Each model has a command of its own, mindspeed-MODEL.",
+            "mindspeed list",
+            "mindspeed-llama2 recipes",
+        ),
         "mindspeed",
         "mindspeed-model-core",
     )
@@ -355,7 +371,9 @@ def common_app() -> typer.Typer:
     @cli.callback()
     def options(version: Version = False) -> None: ...
 
-    @cli.command("list", help=_help("List the installed models, their versions and commands.", "mindspeed list"))
+    @cli.command(
+        "list", help=_help("List the installed models.", "With their versions and commands.", "mindspeed list")
+    )
     def list_models() -> None:
         table = _table("model", "version", "command", "package")
         for entry in sorted(entry_points(group="mindspeed_model"), key=lambda e: e.name):
@@ -364,6 +382,6 @@ def common_app() -> typer.Typer:
             table.add_row(entry.name, release, ", ".join(scripts), name)
         if not table.row_count:
             raise UserError("no model is installed; for example: pip install mindspeed-model-llama2")
-        Console().print(table)
+        _print(table)
 
     return cli

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +89,9 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        # What ended the run must reach the user, not what then fails because of it, such as a chart on a full disk.
+        with suppress(OSError) if error is not None else nullcontext():
+            self.close()
 
     def step(self, record: StepRecord) -> None:
         """Take the record of one step."""

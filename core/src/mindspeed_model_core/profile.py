@@ -22,8 +22,8 @@ class Profiler:
 
     Traces go to ``<run_dir>/profile`` in TensorBoard's format (also Perfetto's), one per rank and window; with
     ``memory`` an allocator snapshot goes beside them where the device keeps one. Touching the file starts a window at
-    the next step, removing it ends the window. A rank that ``ranks`` does not name does nothing; a step outside a
-    window costs one look for the file.
+    the next step, removing it ends the window. As a context it writes an open window when left. A rank that ``ranks``
+    does not name does nothing; a step outside a window costs one look for the file.
     """
 
     def __init__(self, config: ProfileConfig, run_dir: Path | str, rank: int, device: torch.device) -> None:
@@ -31,6 +31,12 @@ class Profiler:
         self._folder, self._switch = Path(run_dir) / FOLDER, Path(run_dir) / SWITCH
         self._active = rank in config.ranks
         self._stop: Callable[[], None] | None = None
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def step(self, number: int) -> AbstractContextManager[None]:
         """Return the context in which to run step ``number``."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, metrics, weights
+from . import checkpoint, weights
 from . import device as devices
 from .errors import UserError
 from .metrics import Recorder, StepRecord
@@ -184,7 +184,6 @@ def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, w
     saver = checkpoint.Checkpointer(
         folder / "checkpoints", mesh, keep=recipe.checkpoint.keep, background=recipe.checkpoint.background
     )
-    profiler = Profiler(recipe.profile, folder, mesh.rank, mesh.device)
     recorder = Recorder(
         folder,
         recipe,
@@ -198,7 +197,7 @@ def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, w
     late = mesh.device.type != "cpu"
     saved = session.number
     stop = False
-    with _on_sigterm(session), recorder:
+    with _on_sigterm(session), recorder, Profiler(recipe.profile, folder, mesh.rank, mesh.device) as profiler:
         while session.number < recipe.steps and not stop:
             with profiler.step(session.number + 1):
                 totals = session.step()
@@ -210,9 +209,6 @@ def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, w
         if saved != session.number:
             saver.save(session.number, session.parallel.shards, session.optimizer, session.info(), wait=True)
         saver.wait()
-        profiler.close()
-    if mesh.rank == 0:
-        metrics.plot(folder)
     return Run(session.number, report.loss, folder, session.number >= recipe.steps)
 
 

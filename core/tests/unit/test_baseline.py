@@ -334,6 +334,12 @@ def test_charts(where, tmp_path):
         baseline.plot(where, "llama3", tmp_path / "x.png")
 
 
+def test_the_newest_row_of_each_hardware_is_told(where):
+    old, new = baseline.record(MEASURED, where), baseline.record(times(1.5), where)
+    other = baseline.record(replace(MEASURED, devices=1), where)
+    assert baseline.latest([old, new, other]) == [new, other]
+
+
 def test_mfu_meets_mfu_and_rates_meet_rates(where):
     baseline.record(MEASURED, where)
     panels = dict(baseline._panels(baseline._grouped(where, "llama2")))

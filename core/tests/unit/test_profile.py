@@ -70,10 +70,9 @@ def test_off_is_the_same_empty_context_and_makes_no_profiler(tmp_path, monkeypat
 
 
 def test_the_run_ending_inside_a_window_writes_it(tmp_path):
-    profiler = Profiler(ProfileConfig(start=2, stop=100), tmp_path, 0, CPU)
-    run(profiler, range(1, 5))
-    assert traces(tmp_path) == []
-    profiler.close()
+    with Profiler(ProfileConfig(start=2, stop=100), tmp_path, 0, CPU) as profiler:
+        run(profiler, range(1, 5))
+        assert traces(tmp_path) == []
     profiler.close()
     assert [steps_in(t) for t in traces(tmp_path)] == [[2, 3, 4]]
 

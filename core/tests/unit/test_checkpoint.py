@@ -1,0 +1,149 @@
+"""Whatever interrupts a run, it goes on as if nothing had."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from mindspeed_model_core import checkpoint, train
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.testing import toy
+
+
+def losses_of(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def forked(function, *args):
+    """Run in a forked child; return its exit status (negative: the signal that ended it)."""
+    job = get_context("fork").Process(target=function, args=args)
+    job.start()
+    job.join(60)
+    return job.exitcode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.run(toy.recipe(), toy.TOY, folder)
+    return losses_of(folder)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_killed_while_saving(tmp_path, whole, monkeypatch, moment, background):
+    recipe = toy.recipe(checkpoint={"every": 2, "background": background})
+    run = tmp_path / "run"
+    owner, name = (dcp, "save") if moment == "writing" else (checkpoint.os, "replace")
+    real = getattr(owner, name)
+
+    def die_at_the_second(*args, **kwargs):
+        if (run / "checkpoints" / "step-00000002").exists():
+            if moment == "writing":
+                real(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, die_at_the_second)
+    assert forked(train.run, recipe, toy.TOY, run) == -signal.SIGKILL
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.steps(run / "checkpoints")] == ["step-00000002"]
+    train.run(recipe, toy.TOY, run, resume=True)
+    assert losses_of(run) == whole
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    train.run(toy.recipe(checkpoint={"every": 1, "keep": 2}), toy.TOY, tmp_path / "run")
+    kept = [p.name for p in checkpoint.steps(tmp_path / "run" / "checkpoints")]
+    assert kept == ["step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_loses_nothing(tmp_path, whole, background):
+    """The writer meets the file size limit, as it would a full disk, at the second checkpoint."""
+    recipe = toy.recipe(checkpoint={"every": 2, "background": background})
+    run = tmp_path / "run"
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        def fill(record):
+            if record.step == 3:
+                while not checkpoint.steps(run / "checkpoints"):
+                    time.sleep(0.01)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+        try:
+            train.run(recipe, toy.TOY, run, watch=[fill])
+        except UserError as error:
+            (tmp_path / "said").write_bytes(str(error).encode()[:2900])
+            os._exit(2)
+        os._exit(0)
+
+    assert forked(limited) == 2
+    said = (tmp_path / "said").read_text()
+    assert "checkpoints was not written" in said and "\n" not in said
+    assert [p.name for p in checkpoint.steps(run / "checkpoints")] == ["step-00000002"]
+    train.run(recipe, toy.TOY, run, resume=True)
+    assert losses_of(run) == whole
+
+
+SCRIPT = """
+import sys, time
+from mindspeed_model_core import train
+from mindspeed_model_core.testing import toy
+recipe = toy.recipe(steps=100000, metrics={"trackers": (), "every": 1})
+run = train.run(recipe, toy.TOY, sys.argv[1], watch=[lambda r: time.sleep(0.05)])
+print("ended at", run.step, run.finished)
+"""
+
+
+def test_sigterm_saves_and_ends(tmp_path):
+    run = tmp_path / "run"
+    job = subprocess.Popen([sys.executable, "-c", SCRIPT, str(run)], stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not ((run / "metrics.jsonl").exists() and len(losses_of(run)) >= 2):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 0
+    done = len(losses_of(run))
+    assert f"ended at {done} False" in out
+    assert [p.name for p in checkpoint.steps(run / "checkpoints")] == [f"step-{done:08d}"]
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=2), toy.TOY, run)
+    part = next((run / "checkpoints" / "step-00000002").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(UserError, match="step-00000002: cannot be loaded") as caught:
+        train.run(toy.recipe(), toy.TOY, run, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_size_of_network_is_refused(tmp_path):
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=2), toy.TOY, run)
+    with pytest.raises(UserError, match="config.blocks is 4 in the checkpoint and 2 in the recipe"):
+        train.run(toy.recipe(config={"blocks": 2}), toy.TOY, run, resume=True)
+
+
+def test_weights_are_read_one_by_one(tmp_path):
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=1), toy.TOY, run)
+    opened = checkpoint.open_weights(run)
+    net = toy.Toy(toy.ToyConfig())
+    assert sorted(opened.names()) == sorted(n for n, _ in net.named_parameters())
+    for name, parameter in net.named_parameters():
+        got = opened.read(name)
+        assert got.shape == parameter.shape == opened.shape(name) and got.dtype == torch.float32
+        assert got.abs().sum() > 0
