@@ -320,7 +320,7 @@ def copy_template(name: str, destination: Path) -> None:
             path.rename(path.with_name(path.name.replace("template", name)))
 
 
-@nox.session(venv_backend="none", default=False)
+@nox.session(venv_backend="none", requires=["dev"], default=False)
 def new(session: nox.Session) -> None:
     """Start a model package from the template: nox -s new -- NAME."""
     if len(session.posargs) != 1:
@@ -330,6 +330,9 @@ def new(session: nox.Session) -> None:
         copy_template(name, ROOT / "models" / name)
     except ValueError as error:
         session.error(str(error))
+    # The new name sorts elsewhere among the imports.
+    run(session, "ruff", "check", "--quiet", "--fix", str(ROOT / "models" / name))
+    run(session, "ruff", "format", "--quiet", str(ROOT / "models" / name))
     session.log(f'models/{name} is a working package; nox -s "tests({name})" shows it. docs/adding-a-model.md goes on.')
 
 

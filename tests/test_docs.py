@@ -12,6 +12,7 @@ import pytest
 
 from .repository import DOCUMENTS, NOXFILE, ROOT, blocks, commands
 
+pytestmark = pytest.mark.docs
 BIN = Path(sys.executable).parent
 # The same block in two documents, such as the README's in another language, is run once.
 MARKED = [(path, line, text) for path in reversed(DOCUMENTS) for line, run, text in blocks(path) if run]
@@ -22,7 +23,6 @@ def where(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.docs
 @pytest.mark.parametrize(("path", "line", "text"), RUN, ids=[f"{where(p)}:{n}" for p, n, _ in RUN])
 def test_marked_blocks_run(path: Path, line: int, text: str, tmp_path: Path) -> None:
     """Blocks below ``<!-- run -->`` run in an empty folder with the packages installed; the first failure ends one."""

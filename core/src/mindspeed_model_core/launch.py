@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ REPORT = "MINDSPEED_MODEL_REPORT"
 """Environment variable: the file in which a rank started by ``spawn`` leaves why it failed."""
 
 _PARENT = "MINDSPEED_MODEL_LAUNCHER"
+_CAUSES = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 _POLL = 0.05
 _SETTLE = 0.3
 """Seconds after a rank failed in which others may fail too, before it is decided which came first."""
@@ -139,7 +141,7 @@ class _Ranks:
 
     def wait(self) -> None:
         """Return when every rank has ended."""
-        settled = stopping = float("inf")
+        settled = stopping = math.inf
         while self.live:
             for rank, process in list(self.live.items()):
                 status = process.poll()
@@ -149,12 +151,12 @@ class _Ranks:
                         _signal_group(process, signal.SIGKILL)  # the data workers it left behind
                 elif self._report(rank).exists():
                     status = 1
-                if status and stopping == float("inf") and rank not in self.failed:
+                if status and stopping == math.inf and rank not in self.failed:
                     self.failed[rank] = status
             now = time.monotonic()
-            if self.failed and settled == float("inf"):
+            if self.failed and settled == math.inf:
                 settled = now + _SETTLE
-            if now > settled and stopping == float("inf"):
+            if now > settled and stopping == math.inf:
                 stopping = now + self.grace
                 self._send(signal.SIGTERM)
             if now > stopping:
@@ -172,9 +174,10 @@ class _Ranks:
             return users[0]["status"]
         if len(self.signals) > 1 or (self.signals and all(s in (130, -self.signals[0]) for s in self.failed.values())):
             return 128 + self.signals[0]
-        # A kill from outside made the others fail, not the other way round; of exceptions the first did.
+        # A kill or a fault made the others fail, not the other way round; of exceptions the first did. An abort may be
+        # a communication library's answer to another rank's end.
         rank, status = min(
-            self.failed.items(), key=lambda f: (f[1] != -signal.SIGKILL, told.get(str(f[0]), {}).get("time", 0.0))
+            self.failed.items(), key=lambda f: (f[1] not in _CAUSES, told.get(str(f[0]), {}).get("time", math.inf))
         )
         if trace := told.get(str(rank), {}).get("trace"):
             print(trace, file=sys.stderr, end="")

@@ -28,7 +28,7 @@ class Letters:
     bos_token_id, eos_token_id, name_or_path = BOS, EOS, "letters"
 
     def encode(self, text: str, **options: Any) -> list[int]:
-        assert options == {"add_special_tokens": False, "split_special_tokens": True}
+        assert options == {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return [3 + byte for byte in text.encode()]
 
 

@@ -13,7 +13,7 @@ from mindspeed_model_core import cli, weights
 from mindspeed_model_core.data import load_tokenizer, train_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_llama2 import MODEL, generate
-from mindspeed_model_llama2.generate import Chat, Decoder, Sampler, TextStream, complete, decode, encode, load_net
+from mindspeed_model_llama2.generate import Chat, Decoder, Sampler, TextStream, begin, complete, decode, load_net
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -151,8 +151,8 @@ def test_generation_stays_within_the_context(net: Any) -> None:
 
 def test_streamed_text_never_breaks_a_character(words: Any) -> None:
     for before, text in (("Say:", f" {TEXT} Ω"), ("", f"Ω{TEXT}"), ("Ω", "好\n\n  \U0001f389\U0001f389 Ωé")):
-        ids = encode(words, before)
-        both = encode(words, before + text)
+        ids = begin(words, before)
+        both = begin(words, before + text)
         assert both[: len(ids)] == ids
         stream = TextStream(words, ids)
         pieces = [stream.push(token) for token in both[len(ids) :]]
@@ -209,7 +209,7 @@ def test_generate_streams_until_the_end_token(words: Any) -> None:
 
 def test_complete_equals_one_by_one(net: Any, words: Any) -> None:
     prompts = ["The little", "a text and", "reads", "The model", "says what it has read"]
-    assert len({len(encode(words, prompt)) for prompt in prompts}) < len(prompts)
+    assert len({len(begin(words, prompt)) for prompt in prompts}) < len(prompts)
     together = complete(net, words, prompts, max_new_tokens=12)
     assert together == ["".join(generate.generate(net, words, prompt, max_new_tokens=12)) for prompt in prompts]
 
@@ -248,11 +248,11 @@ def test_an_unfinished_answer_is_ended_before_the_next_turn(words: Any) -> None:
         answer = chat.say("Go")
         said = list(answer) if cut == "token limit" else [next(answer), next(answer)]
         answer.close()
-        shown = encode(words, "[INST] Go [/INST]")
+        shown = begin(words, "[INST] Go [/INST]")
         given = scripted.read[len(shown) :] + chat.pending
         assert words.decode(given).strip() == "".join(said).strip() != "reads a text"
         list(chat.say("On"))
-        want = [*shown, *given, 2, *encode(words, "[INST] On [/INST]")]
+        want = [*shown, *given, 2, *begin(words, "[INST] On [/INST]")]
         assert scripted.read[: len(want)] == want
 
 

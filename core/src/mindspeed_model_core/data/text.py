@@ -15,6 +15,7 @@ from .documents import Documents, open_documents
 from .packing import Packed, Tokens
 from .shuffle import shuffled
 from .slots import Position, SlotLoader
+from .tokenizer import encode
 
 
 class TextData(Section):
@@ -100,8 +101,7 @@ class _Text:
     def _read(self, epoch: int, place: int) -> Tokens:
         number = place if self.seed is None else shuffled(place, len(self.documents), self.seed, epoch)
         tokenizer = self.tokenizer
-        # Text that spells a special token is text: only this loader begins and ends documents.
-        tokens = tokenizer.encode(self.documents[number], add_special_tokens=False, split_special_tokens=True)
+        tokens = encode(tokenizer, self.documents[number])
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return np.array([*begin, *tokens, tokenizer.eos_token_id], np.int32)
 

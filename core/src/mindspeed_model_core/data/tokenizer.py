@@ -60,6 +60,12 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return a text's tokens, without begin or end; text that spells a special token is text."""
+    # Not verbose: packing cuts texts that are longer than the model's context, no warning is due.
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, *, overwrite: bool = False) -> Any:
     """Train a Llama-like BPE tokenizer that falls back to bytes, save it as a hub folder and return it.
 

@@ -62,12 +62,10 @@ class Attention(nn.Module):
         cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:
         """Map ``[tokens, width]`` to the same shape; ``cache`` is a KVCache and this block's number in it."""
-        mixed = self.qkv(x)
-        kv = mixed.shape[-1] // (self.ratio + 2)
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)) for part in mixed.split((mixed.shape[-1] - 2 * kv, kv, kv), -1)
-        )
-        q, k = ops.rope(q, *tables), ops.rope(k, *tables)
+        mixed = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        kv = mixed.shape[1] // (self.ratio + 2)
+        turned, v = mixed.split((mixed.shape[1] - kv, kv), 1)
+        q, k = ops.rope(turned, *tables).split((self.ratio * kv, kv), 1)
         y = ops.attention(q, k, v, lengths) if cache is None else _attend_cached(q, k, v, *cache)
         return self.out(y.flatten(1))
 

@@ -19,4 +19,4 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return x * cos + turned * sin
+    return torch.addcmul(x * cos, turned, sin)

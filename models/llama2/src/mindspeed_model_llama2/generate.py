@@ -12,6 +12,7 @@ import torch
 import typer
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import weights
+from mindspeed_model_core.data.tokenizer import encode
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.nn import KVCache
 from rich.console import Console
@@ -164,9 +165,9 @@ def decode(net: Llama2, prompts: Tensor, sampler: Sampler, max_new_tokens: int) 
         tokens = chosen[:, None]
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the begin token and the text's; text that spells a special token is text."""
-    return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]
+def begin(tokenizer: Any, text: str) -> list[int]:
+    """Return the begin token and the text's."""
+    return [tokenizer.bos_token_id, *encode(tokenizer, text)]
 
 
 def generate(
@@ -186,7 +187,7 @@ def generate(
     and for a prompt longer than the context.
     """
     sampler = Sampler(temperature, top_k, top_p, seed)
-    ids = encode(tokenizer, prompt)
+    ids = begin(tokenizer, prompt)
     stream = TextStream(tokenizer, ids)
     for (token,) in decode(net, torch.tensor([ids]), sampler, max_new_tokens):
         if token != net.config.eos_token_id and (piece := stream.push(token)):
@@ -208,7 +209,7 @@ def complete(
 ) -> list[str]:
     """Return the continuations of many prompts; those of equal length in tokens run as one batch."""
     sampler = Sampler(temperature, top_k, top_p, seed)
-    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    ids = [begin(tokenizer, prompt) for prompt in prompts]
     out = [""] * len(prompts)
     for length in sorted({len(row) for row in ids}):
         group = [i for i, row in enumerate(ids) if len(row) == length]
@@ -279,7 +280,7 @@ class Chat:
     def _turn(self, text: str) -> list[int]:
         first = not self.decoder.cache.length and not self.pending
         system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if first and self.system else ""
-        return encode(self.tokenizer, f"[INST] {system}{text.strip()} [/INST]")
+        return begin(self.tokenizer, f"[INST] {system}{text.strip()} [/INST]")
 
 
 def load_net(source: Path, device: torch.device, dtype: torch.dtype) -> Llama2:
