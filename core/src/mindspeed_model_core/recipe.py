@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from .errors import UserError, nearest
 
@@ -107,7 +107,9 @@ class Recipe(Section):
     precision: Precision = Field(
         "bf16", description="bf16: fp32 master weights, fp32 gradient reduction; bf16-pure: bf16 throughout"
     )
-    recompute: Literal["none", "all"] | int = Field("none", description="blocks recomputed in backward: the first N")
+    recompute: Literal["none", "all"] | NonNegativeInt = Field(
+        "none", description="blocks recomputed in backward: none, all, or the first N of each pipeline stage"
+    )
     deterministic: bool = False
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -174,7 +176,8 @@ def validate(kind: type[R], values: dict[str, Any], where: str) -> R:
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
-    path = [str(p) for p in first["loc"]]
+    # A union names the branch that failed after the field; only names of fields are the user's.
+    path = [str(p) for p in first["loc"] if isinstance(p, int) or str(p).isidentifier()]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         owner = _section(kind, path[:-1])
@@ -223,7 +226,10 @@ def _read(package: str, name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"recipe {name}: no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"recipe {name}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     else:
         shipped = names(package)
         if name not in shipped:
@@ -238,10 +244,10 @@ def _read(package: str, name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    if parent in seen or parent == name:
-        raise UserError(f"recipe {name}: extends {parent!r} in a circle: {' -> '.join([*seen, name, parent])}")
     if path.parent != Path(".") and str(parent).endswith(".yaml"):
         parent = str(path.parent / parent)
+    if parent in seen or parent == name:
+        raise UserError(f"recipe {name}: extends {parent!r} in a circle: {' -> '.join([*seen, name, parent])}")
     return _merge(_read(package, parent, (*seen, name)), values)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -147,3 +148,14 @@ def test_weights_are_read_one_by_one(tmp_path):
         got = opened.read(name)
         assert got.shape == parameter.shape == opened.shape(name) and got.dtype == torch.float32
         assert got.abs().sum() > 0
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=1), toy.TOY, run)
+    metadata = run / "checkpoints" / "step-00000001" / ".metadata"
+    metadata.write_bytes(pickle.dumps(subprocess.getoutput))
+    with pytest.raises(UserError, match="subprocess.getoutput, which a checkpoint never does"):
+        checkpoint.open_weights(run)
+    with pytest.raises(UserError, match="subprocess.getoutput"):
+        train.run(toy.recipe(), toy.TOY, run, resume=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True) -> Tensor:
@@ -20,10 +18,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, caus
     """
     if len(set(lengths)) == 1:
         return _equal(q, k, v, len(lengths), causal)
-    if varlen_attn is not None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None:
         return _packed(q, k, v, lengths, causal)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_equal(a, b, c, 1, causal) for a, b, c in parts])
+
+
+@functools.cache
+def _varlen() -> Any:
+    """Return PyTorch's variable-length flash attention; None before 2.10. Importing it takes seconds."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def _equal(q: Tensor, k: Tensor, v: Tensor, documents: int, causal: bool) -> Tensor:
@@ -39,4 +47,4 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: b
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     longest = max(lengths)
     window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=window)
+    return _varlen()(q, k, v, ends, ends, longest, longest, window_size=window)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ..errors import UserError
 from ..model import Trunk
@@ -28,18 +27,20 @@ class Parallel:
 
     def __init__(self, net: Trunk, mesh: Mesh, parallel: ParallelConfig, shards: dict[str, Shard], compute: torch.dtype) -> None:
         self.net, self.mesh, self.config, self.shards, self.compute = net, mesh, parallel, shards, compute
+        self.is_sharded = any(shard.sharded for shard in shards.values())
         self.gradients = Gradients(shards, mesh)
 
     @property
     def loss_scale(self) -> int:
         """Return what the loss is multiplied by because FSDP2 averages over data ranks where a sum is wanted."""
-        return self.mesh.dp if isinstance(self.net, FSDPModule) else 1
+        return self.mesh.dp if self.is_sharded else 1
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Between micro-batches, keep what the ZeRO stage does not shard: weights (1, 2) and gradients (1)."""
-        net, stage = self.net, self.config.shard
-        if not isinstance(net, FSDPModule) or stage == "zero3":
+        net: Any = self.net
+        stage = self.config.shard
+        if not self.is_sharded or stage == "zero3":
             yield
             return
         net.set_requires_gradient_sync(stage == "zero2")
@@ -137,6 +138,9 @@ def _keep_stage(net: Trunk, mesh: Mesh) -> None:
 
 
 def _shard(net: Trunk, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtype, master: torch.dtype) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     axis = DeviceMesh.from_group(mesh.groups["dp"], mesh.device.type)
     reduced = torch.float32 if master == torch.bfloat16 else master
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False)

@@ -7,6 +7,7 @@ facade is in place, so that a single device never pays for it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +21,9 @@ from . import facade
 def initialise(tp: int, pp: int, device: torch.device) -> None:
     """Split the initialised default process group into tensor, pipeline and data-parallel groups."""
     facade.install(device)
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells of optional accelerations that nothing here uses
+        from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .mesh import Mesh
 from .placement import Placement, placements
@@ -91,7 +90,8 @@ class Shard:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # FSDP2's tensors have it; naming their class would import seconds of code that one device never needs.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def collect(net: nn.Module, mesh: Mesh, shapes: dict[str, torch.Size], *, master_dtype: torch.dtype) -> dict[str, Shard]:
@@ -100,7 +100,7 @@ def collect(net: nn.Module, mesh: Mesh, shapes: dict[str, torch.Size], *, master
     out = {}
     for name, placement in placements(net):
         parameter = parameters[name]
-        sharded = isinstance(parameter, DTensor)
+        sharded = hasattr(parameter, "to_local")
         local = _local(parameter.detach())
         rows = (0, parameter.shape[0])
         if sharded:

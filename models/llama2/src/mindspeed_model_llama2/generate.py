@@ -319,13 +319,13 @@ def generate_command(
     ] = 0.9,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The tokenizer's folder.  [default: the one of SRC]")
+        Path | None, typer.Option(metavar="DIR", help="The tokenizer's folder.  \\[default: the one of SRC]")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="KIND", help="npu, cuda or cpu.  [default: the first one present]")
+        str | None, typer.Option(metavar="KIND", help="npu, cuda or cpu.  \\[default: the first one present]")
     ] = None,
     dtype: Annotated[
-        Literal["bf16", "fp32"] | None, typer.Option(help="Precision.  [default: fp32 on cpu, else bf16]")
+        Literal["bf16", "fp32"] | None, typer.Option(help="Precision.  \\[default: fp32 on cpu, else bf16]")
     ] = None,
 ) -> None:
     """Continue a text or hold a conversation, shown as it is generated.
