@@ -56,7 +56,7 @@ class Published:
     @property
     def label(self) -> str:
         """What was trained, in a few words."""
-        length = f", {self.mean_seq_len}" if self.mean_seq_len and self.model == "llama2" else ""
+        length = f", {self.mean_seq_len}" if self.mean_seq_len else ""
         return f"{self.title} {self.params} {self.task}{length}"
 
 

@@ -96,7 +96,7 @@ class Recipe(Section):
 
     name: str = local("unnamed", description="the recipe's file name")
     description: str = local("")
-    reproduces: str | None = local(None, description="id of the row of perf_baselines/published.csv this recipe repeats")
+    reproduces: str | None = local(None, description="id of the row of published.csv this recipe repeats")
     preset: str = Field(description="a published size of the model")
     config: dict[str, Any] = Field(default_factory=dict, description="changes to the preset's fields")
     init_from: str | None = local(None, description="a hub folder or an original release; null: random weights")

@@ -155,9 +155,7 @@ def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
     return apply.parallelize(net, mesh, recipe.parallel, precision=recipe.precision, recompute=recipe.recompute)
 
 
-def run(
-    recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = False, watch: Sequence[Watch] = ()
-) -> Run:
+def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = False, watch: Sequence[Watch] = ()) -> Run:
     """Train to the recipe's last step, or until SIGTERM; everything is written below ``run_dir``.
 
     ``watch`` functions see each step's record on rank 0 and cannot change the run. Raises UserError for a run folder
@@ -271,10 +269,9 @@ def _starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) ->
     if info["model"] != model.name:
         raise UserError(f"{found[-1]}: is a checkpoint of model {info['model']!r}, the recipe trains {model.name!r}")
     for key, value in config.items():
-        if info["config"].get(key) != value:
-            raise UserError(
-                f"{found[-1]}: config.{key} is {info['config'].get(key)!r} in the checkpoint and {value!r} in the recipe"
-            )
+        saved = info["config"].get(key)
+        if saved != value:
+            raise UserError(f"{found[-1]}: config.{key} is {saved!r} in the checkpoint and {value!r} in the recipe")
     if info["recipe"]["global_batch"] != recipe.global_batch:
         raise UserError(
             f"global_batch={recipe.global_batch}: the run was saved with {info['recipe']['global_batch']}; "

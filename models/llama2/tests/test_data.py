@@ -29,9 +29,9 @@ def recipe(data: dict[str, Any] | None = None, **fields: Any) -> Llama2Recipe:
 def test_the_tokenizer_of_the_data_goes_before_that_of_the_weights(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "weights")
     config = PRESETS["tiny"]
-    named = open_tokenizer(recipe({"tokenizer": str(trained)}, init_from=str(tmp_path / "weights")), config)
-    assert named.name_or_path == str(trained)
-    assert open_tokenizer(recipe(init_from=str(tmp_path / "weights")), config).name_or_path == str(tmp_path / "weights")
+    weights = str(tmp_path / "weights")
+    assert open_tokenizer(Llama2Data(tokenizer=str(trained)), weights, config).name_or_path == str(trained)
+    assert open_tokenizer(Llama2Data(), weights, config).name_or_path == weights
 
 
 def test_metas_release_keeps_its_tokenizer_one_folder_up(tmp_path: Path) -> None:
@@ -56,21 +56,21 @@ def test_a_run_remembers_its_tokenizer(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "fields", "changes", "message"),
+    ("data", "init_from", "changes", "message"),
     [
-        ({}, {}, {}, "data.tokenizer: this field is required without init_from"),
-        ({}, {"init_from": "{empty}"}, {}, "no tokenizer there; set data.tokenizer"),
-        ({"tokenizer": "{trained}"}, {}, {"vocab_size": 100}, "the model's vocab_size is 100"),
-        ({"tokenizer": "{trained}"}, {}, {"eos_token_id": 7}, "eos_token_id is 2, the model's is 7"),
+        ({}, None, {}, "data.tokenizer: this field is required without init_from"),
+        ({}, "{empty}", {}, "no tokenizer there; set data.tokenizer"),
+        ({"tokenizer": "{trained}"}, None, {"vocab_size": 100}, "the model's vocab_size is 100"),
+        ({"tokenizer": "{trained}"}, None, {"eos_token_id": 7}, "eos_token_id is 2, the model's is 7"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(
-    trained: Path, tmp_path: Path, data: Any, fields: Any, changes: Any, message: str
+    trained: Path, tmp_path: Path, data: Any, init_from: str | None, changes: Any, message: str
 ) -> None:
     places = {"{empty}": str(tmp_path), "{trained}": str(trained)}
-    data, fields = ({key: places.get(value, value) for key, value in part.items()} for part in (data, fields))
+    data = Llama2Data(**{key: places[value] for key, value in data.items()})
     with pytest.raises(UserError) as caught:
-        open_tokenizer(recipe(data, **fields), PRESETS["tiny"].model_copy(update=changes))
+        open_tokenizer(data, places.get(init_from or ""), PRESETS["tiny"].model_copy(update=changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

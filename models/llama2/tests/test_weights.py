@@ -123,6 +123,12 @@ def test_original_files_are_metas(hub: Path, kv: int, tmp_path: Path) -> None:
         dim = original_cut(name)
         whole[name] = shards[0][name] if dim is None else torch.cat([s[name] for s in shards], dim)
         assert dim is not None or torch.equal(shards[0][name], shards[1][name])
+    # fairscale's layers: column parallel ones share out rows, row parallel ones and the embedding columns.
+    cuts = {"tok_embeddings": 1, "norm": None, "output": 0, "attention_norm": None, "ffn_norm": None}
+    cuts |= {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "freqs": None}
+    assert {name: original_cut(name) for name in shards[0]} == {
+        name: cuts[name.removesuffix(".weight").rpartition(".")[2]] for name in shards[0]
+    }
     want = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
     for i in range(LAYERS):
         parts = {"attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj"}

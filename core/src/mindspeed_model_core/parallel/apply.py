@@ -25,7 +25,9 @@ MASTER = {"bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp32": torch.floa
 class Parallel:
     """A network spread over the mesh: the module to run, its shards, and how its gradients are gathered."""
 
-    def __init__(self, net: Trunk, mesh: Mesh, parallel: ParallelConfig, shards: dict[str, Shard], compute: torch.dtype) -> None:
+    def __init__(
+        self, net: Trunk, mesh: Mesh, parallel: ParallelConfig, shards: dict[str, Shard], compute: torch.dtype
+    ) -> None:
         self.net, self.mesh, self.config, self.shards, self.compute = net, mesh, parallel, shards, compute
         self.is_sharded = any(shard.sharded for shard in shards.values())
         self.gradients = Gradients(shards, mesh)
@@ -163,4 +165,3 @@ def initialise(parallel: Parallel, seed: int) -> None:
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-

@@ -36,7 +36,7 @@ def preload() -> None:
         import_module(name)
 
 
-def _enter(rank: int, world: int, function: Callable[..., Any], folder: str, args: tuple[Any, ...], kwargs: Any) -> None:
+def _enter(rank: int, world: int, function: Callable[..., Any], folder: str, args: Any, kwargs: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MINDSPEED_MODEL_DEVICE="cpu", OMP_NUM_THREADS="1"
     )

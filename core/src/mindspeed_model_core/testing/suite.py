@@ -289,6 +289,38 @@ class ModelSuite:
             assert len(got) == 2
             assert all(abs(a - b) <= FP64 * abs(b) for a, b in zip(got, losses[2:], strict=True)), (layout, got, losses)
 
+    # ---------------------------------------------------------------- device
+
+    @pytest.mark.device
+    def test_trains_on_the_accelerator(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The losses are the CPU's, and a resumed run's are those of one not interrupted, bit for bit."""
+        start = tmp_path / "start"
+        net = open_net(self.model, self.config())
+        weights.save(net.named_parameters(), self.config(), self.model.layouts[0], start)
+        saving = {"every": 3, "keep": 9}
+        recipe = self.recipe(tmp_path, init_from=str(start), steps=6, checkpoint=saving, deterministic=True)
+        try:
+            here = self._train(recipe, tmp_path / "here")
+            shutil.copytree(tmp_path / "here", tmp_path / "cut")
+            shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
+            again = self._train(recipe, tmp_path / "cut", resume=True)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        monkeypatch.setenv("MINDSPEED_MODEL_DEVICE", "cpu")
+        there = self._train(recipe, tmp_path / "cpu")
+        assert len(here) == 6 and again == here[3:]
+        assert all(abs(a / b - 1) < 1e-3 for a, b in zip(here, there, strict=True)), (here, there)
+
+    @pytest.mark.device
+    def test_records_a_profile_on_the_accelerator(self, tmp_path: Path) -> None:
+        """A window of steps leaves a trace and a memory snapshot, in mixed precision with recomputation."""
+        profile = {"start": 2, "stop": 3, "memory": True}
+        recipe = self.recipe(tmp_path, steps=4, precision="bf16", recompute="all", profile=profile)
+        assert len(self._train(recipe, tmp_path / "run")) == 4
+        written = [p.name for p in (tmp_path / "run" / "profile").rglob("*") if p.is_file()]
+        assert any(".pt.trace.json" in name for name in written), written
+        assert any("memory" in name for name in written), written
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the layout test once for each of the suite's layouts; packages import this into their conftest."""

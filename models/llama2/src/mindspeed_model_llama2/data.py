@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed_model_core import checkpoint
 from mindspeed_model_core.data import TextData, load_tokenizer
@@ -13,9 +13,6 @@ from pydantic import Field, PositiveInt
 
 from .config import Llama2Config
 
-if TYPE_CHECKING:
-    from .task import Llama2Recipe
-
 
 class Llama2Data(TextData):
     """Text in sequences of Llama-2's context length."""
@@ -23,20 +20,18 @@ class Llama2Data(TextData):
     sequence_length: PositiveInt = Field(4096, description="tokens per sample; Llama-2 was pre-trained with 4096")
 
 
-def open_tokenizer(recipe: Llama2Recipe, config: Llama2Config) -> Any:
-    """Return the recipe's tokenizer: ``data.tokenizer``, or the one that came with ``init_from``.
+def open_tokenizer(data: Llama2Data, init_from: str | None, config: Llama2Config) -> Any:
+    """Return a recipe's tokenizer: ``data.tokenizer``, or the one that came with ``init_from``.
 
     Raises UserError if neither gives one, or if it does not fit the configuration.
     """
-    source = recipe.data.tokenizer
+    source = data.tokenizer
     if source is None:
-        if recipe.init_from is None:
+        if init_from is None:
             raise UserError("data.tokenizer: this field is required without init_from; give a folder with a tokenizer")
-        source = find_tokenizer(recipe.init_from)
+        source = find_tokenizer(init_from)
         if source is None:
-            raise UserError(
-                f"init_from={recipe.init_from}: no tokenizer there; set data.tokenizer to a folder with one"
-            )
+            raise UserError(f"init_from={init_from}: no tokenizer there; set data.tokenizer to a folder with one")
     return fitting_tokenizer(source, config)
 
 

@@ -63,8 +63,8 @@ class Llama2(Trunk):
 
     def step(self, index: int, block: nn.Module, state: State, context: Context) -> State:
         """Run one block."""
-        cache = context["cache"]
-        return {"x": block(state["x"], context["tables"], context["lengths"], None if cache is None else (cache, index))}
+        cache = None if context["cache"] is None else (context["cache"], index)
+        return {"x": block(state["x"], context["tables"], context["lengths"], cache)}
 
     def finish(self, state: State, context: Context) -> Tensor:
         """Return logits ``[tokens, vocab]``, or with labels each token's loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_model_core.data import IGNORE, Loader, PackedText, RandomText
+from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.model import Batch
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Unit, Work
@@ -25,10 +26,18 @@ class NextToken:
 
     def __init__(self, recipe: Llama2Recipe, config: Llama2Config) -> None:
         self.recipe, self.config = recipe, config
+        length, most = recipe.data.sequence_length, config.max_position_embeddings
+        if length > most:
+            raise UserError(
+                f"data.sequence_length={length}: the network knows {most} positions; shorten the sequences or set "
+                f"config.max_position_embeddings={length}"
+            )
 
     def data(self, rank: int, ranks: int) -> Loader:
         """Open the recipe's text for one data rank."""
-        return PackedText(self.recipe.data, open_tokenizer(self.recipe, self.config), **self._order(rank, ranks))
+        data = self.recipe.data
+        tokenizer = open_tokenizer(data, self.recipe.init_from, self.config)
+        return PackedText(data, tokenizer, **self._order(rank, ranks))
 
     def synthetic(self, rank: int, ranks: int) -> Loader:
         """Return random tokens in documents of the recipe's mean length."""
