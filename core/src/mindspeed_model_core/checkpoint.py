@@ -194,6 +194,10 @@ class Weights:
         """Return a parameter's whole shape."""
         return self.metadata.state_dict_metadata[f"model.{name}"].size  # type: ignore[union-attr]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype a parameter was saved in: its master's."""
+        return self.metadata.state_dict_metadata[f"model.{name}"].properties.dtype  # type: ignore[union-attr]
+
     def read(self, name: str) -> Tensor:
         """Return a whole parameter in the dtype it was saved in."""
         from . import dcp

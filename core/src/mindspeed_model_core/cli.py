@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from . import launch
 from . import recipe as recipes
-from .errors import UserError
+from .errors import UserError, nearest
 
 # torch takes seconds to import; whatever needs it is imported inside the command that does.
 if TYPE_CHECKING:
@@ -215,15 +215,15 @@ def app(model: Model) -> typer.Typer:
         ] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's newest checkpoint.")] = False,
     ) -> None:
-        resolved = model.load_recipe(recipe, overrides or ())
-        _spread(resolved, nproc)
-        from . import checkpoint
-        from .train import run as train_run
+        from . import train as trainer
 
+        resolved = model.load_recipe(recipe, overrides or ())
         folder = run_dir or Path("runs") / f"{model.name}-{resolved.name}"
-        if resume and not checkpoint.steps(folder / "checkpoints") and launch.first_rank():
+        found = trainer.starting_point(folder, resume, resolved, model)
+        _spread(resolved, nproc)
+        if resume and found is None and launch.first_rank():
             typer.echo(f"{folder}: no checkpoint to resume from, starting from the beginning", err=True)
-        train_run(resolved, model, folder, resume=resume)
+        trainer.run(resolved, model, folder, resume=resume)
 
     @cli.command(
         help=_help(
@@ -232,6 +232,7 @@ def app(model: Model) -> typer.Typer:
             "streamed: memory stays small whatever the size.",
             f"{prog} convert runs/first/checkpoints/step-00001000 exported --layout hub",
             f"{prog} convert path/to/hub-folder released --layout original",
+            f"{prog} convert runs/first exported --layout hub --dtype bf16",
         )
     )
     def convert(
@@ -244,10 +245,19 @@ def app(model: Model) -> typer.Typer:
             str | None,
             typer.Option(metavar="P", help="The size the source must be; refused if it is another one."),
         ] = None,
+        dtype: Annotated[
+            str | None, typer.Option(metavar="T", help="Write bf16, fp16 or fp32; by default what the source holds.")
+        ] = None,
+        shards: Annotated[
+            int | None, typer.Option(metavar="N", help="Number of files, where the layout leaves it open.")
+        ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     ) -> None:
+        from .weights import DTYPES
         from .weights import convert as convert_weights
 
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"--dtype={dtype}: not a type weights are written in{nearest(dtype, DTYPES)}")
         console = Console(stderr=True)
         with Progress(
             TextColumn("{task.description}"),
@@ -265,6 +275,8 @@ def app(model: Model) -> typer.Typer:
                 model,
                 layout,
                 preset=preset,
+                dtype=None if dtype is None else DTYPES[dtype],
+                shards=shards,
                 overwrite=overwrite,
                 progress=lambda done, total: shown.update(task, completed=done, total=total),
             )
@@ -311,6 +323,28 @@ def app(model: Model) -> typer.Typer:
         if status:
             launch.report("the speed is outside the tolerance; record it with --record if it is right", status=1)
             raise typer.Exit(status)
+
+    @cli.command(
+        help=_help(
+            "Show what was measured, beside what was published.",
+            "The rows come from perf_baselines/: published.csv, and what 'measure --record' added.",
+            f"{prog} baselines",
+            f"{prog} baselines --chart speeds.png",
+        )
+    )
+    def baselines(
+        chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw them as a PNG.")] = None,
+        folder: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help=r"The folder of baselines.  \[default: perf_baselines, here or above]"),
+        ] = None,
+    ) -> None:
+        from . import baseline
+
+        where = baseline.folder(folder)
+        Console().print(baseline.table(where, model.name))
+        if chart is not None:
+            typer.echo(baseline.plot(where, model.name, chart))
 
     for function in model.commands:
         cli.command(_command_name(function))(function)

@@ -12,11 +12,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .model import Batch, Model, State, Trunk
+from .model import Model
 from .parallel.apply import COMPUTE, MASTER, check
 from .parallel.placement import placements
 from .parallel.tensor import TensorParallel
 from .recipe import ParallelConfig, Recipe
+from .trunk import Batch, State, Trunk
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 import torch
 import torch.distributed as dist
 
-from . import chart, perf
+from . import chart, peak
 from . import device as devices
 from .chart import short
 from .errors import UserError, nearest
@@ -69,8 +69,8 @@ class Recorder:
             return
         self.run_dir, self._recipe, self._unit = Path(run_dir), recipe, unit
         self._devices = devices_used or (dist.get_world_size() if ranked else 1)
-        peak = perf.known_peak(devices.name(device), recipe.precision) if device is not None else None
-        self._peak = peak.flops if peak else None
+        best = peak.known_peak(devices.name(device), recipe.precision) if device is not None else None
+        self._peak = best.flops if best else None
         self._pending: list[StepRecord] = []
         self._first = True
         self.run_dir.mkdir(parents=True, exist_ok=True)

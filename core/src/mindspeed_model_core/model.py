@@ -1,90 +1,20 @@
-"""What a model package gives: a network cut into blocks, and a record of its parts."""
+"""A model package's record of parts, and how it is found."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import recipe as recipes
 from .errors import UserError, nearest
 from .recipe import Recipe, Section
 
 if TYPE_CHECKING:
+    from .layout import Layout
     from .task import Task
-    from .weights import Layout
-
-Batch = dict[str, Any]
-State = dict[str, Tensor]
-Context = dict[str, Any]
-
-
-class Trunk(nn.Module, ABC):
-    """A network as embed, a list of alike blocks, finish: core recomputes, compiles, shards and cuts it by these names.
-
-    ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
-    ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed from
-    the batch alone is in the Context, made anew on every pipeline stage. ``recompute`` is how many of the blocks held
-    here run again in backward; ``sequence_ranks`` how many ranks share the tokens between tensor-parallel regions.
-    """
-
-    first: tuple[str, ...] = ()
-    last: tuple[str, ...] = ()
-    blocks: nn.ModuleList
-    recompute: int = 0
-    sequence_ranks: int = 1
-
-    @abstractmethod
-    def context(self, batch: Batch) -> Context:
-        """Return what blocks and finish need beside the State and needs no gradient."""
-
-    @abstractmethod
-    def embed(self, batch: Batch, context: Context) -> State:
-        """Return the State that enters the first block."""
-
-    @abstractmethod
-    def step(self, index: int, block: nn.Module, state: State, context: Context) -> State:
-        """Run one block; ``index`` is its place in ``blocks`` on this process."""
-
-    @abstractmethod
-    def finish(self, state: State, context: Context) -> Tensor:
-        """Return the network's output from the State that leaves the last block."""
-
-    @abstractmethod
-    def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the State between two blocks on this process, known from the batch alone."""
-
-    @abstractmethod
-    def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
-        """Fill one whole parameter, given its name, with its random initial value."""
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this stage holds the embedding."""
-        return all(hasattr(self, name) for name in self.first)
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this stage holds the head."""
-        return all(hasattr(self, name) for name in self.last)
-
-    def forward(self, batch: Batch, state: State | None = None) -> Tensor | State:
-        """Run the blocks this process holds: from ``state`` if given, to the output if the head is here."""
-        context = self.context(batch)
-        if state is None:
-            state = self.embed(batch, context)
-        for index, block in enumerate(self.blocks.children()):
-            if index < self.recompute and torch.is_grad_enabled():
-                state = checkpoint(self.step, index, block, state, context, use_reentrant=False)
-            else:
-                state = self.step(index, block, state, context)
-        return self.finish(state, context) if self.is_last else state
+    from .trunk import Trunk
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def _work(section: BaseModel) -> dict[str, Any]:
 
 
 R = TypeVar("R", bound=Recipe)
+S = TypeVar("S", bound=Section)
 
 
 def names(package: str) -> list[str]:
@@ -166,7 +167,7 @@ def load(kind: type[R], package: str, name: str, overrides: tuple[str, ...] | li
     return validate(kind, values, f"recipe {name}")
 
 
-def validate(kind: type[R], values: dict[str, Any], where: str) -> R:
+def validate(kind: type[S], values: dict[str, Any], where: str) -> S:
     """Build a section from plain values; the first mistake becomes a one-line UserError."""
     try:
         return kind.model_validate(values)

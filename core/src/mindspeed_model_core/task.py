@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from .model import Batch
+from .trunk import Batch
 
 Unit = Literal["samples", "frames", "tokens"]
 

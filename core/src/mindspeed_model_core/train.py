@@ -19,13 +19,14 @@ from . import checkpoint, weights
 from . import device as devices
 from .errors import UserError
 from .metrics import Recorder, StepRecord
-from .model import Batch, Model
+from .model import Model
 from .optim import AdamW, learning_rate
 from .parallel import apply, pipeline
 from .parallel.mesh import Mesh, close_mesh, open_mesh
 from .profile import Profiler
 from .recipe import Recipe
 from .task import Work
+from .trunk import Batch
 
 Watch = Callable[[StepRecord], None]
 
@@ -169,7 +170,7 @@ def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = Fal
 
 
 def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, watch: Sequence[Watch]) -> Run:
-    start = _starting_point(folder, resume, recipe, model)
+    start = starting_point(folder, resume, recipe, model)
     session = Session(recipe, model, mesh)
     if start is None:
         session.start()
@@ -255,8 +256,11 @@ class _Report:
         return stop > 0
 
 
-def _starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> Path | None:
-    """Return the checkpoint to resume from, or None to start afresh; refuse a folder in use."""
+def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> Path | None:
+    """Return the checkpoint a run would resume from, or None to start afresh.
+
+    UserError for a folder in use (unless ``resume``), or a checkpoint of another network or batch.
+    """
     if not resume:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: already holds a run; continue it with --resume, or name another with --run-dir")

@@ -1,28 +1,27 @@
-"""Weights between this project's names and published layouts: one table per layout, read in both directions.
+"""Weights between this project's names and published layouts, streamed: memory stays at about a tensor per thread.
 
-A table row says which tensors of the layout make one of our parameters and by which pure, invertible op. Training
-reads its slices straight from a published folder (``load``), a trained network goes back into one (``save``), and
-``convert`` turns any source into any layout. All three stream: memory stays at about one tensor per thread.
+Training reads its slices straight from a published folder (``load``), a trained network goes back into one
+(``save``), and ``convert`` turns any source into any layout.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import recipe as recipes
 from .errors import UserError, nearest
+from .layout import Bound, Layout, Part, Row, Source, Table
 from .parallel.placement import Placement, placements
 from .recipe import Section
 from .tensorfile import Spec, Writer
@@ -31,227 +30,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 _WORKERS = 2
-
-# ------------------------------------------------------------------------------------------------ ops
-
-
-class Op:
-    """A pure, invertible rearrangement of one tensor: ``join`` from the layout's form to ours, ``split`` back."""
-
-    def join(self, theirs: Tensor) -> Tensor:
-        """Return our form."""
-        raise NotImplementedError
-
-    def split(self, ours: Tensor) -> Tensor:
-        """Return the layout's form."""
-        raise NotImplementedError
-
-    def grain(self, dim: int) -> int | None:
-        """Return the size of the blocks along ``dim`` that the op keeps in place, or None: it needs the whole tensor.
-
-        A slice made of such blocks may be read and joined alone.
-        """
-        return None
-
-
-@dataclass(frozen=True)
-class Same(Op):
-    """The tensor as it is."""
-
-    def join(self, theirs: Tensor) -> Tensor:
-        """Return the tensor."""
-        return theirs
-
-    def split(self, ours: Tensor) -> Tensor:
-        """Return the tensor."""
-        return ours
-
-    def grain(self, dim: int) -> int | None:
-        """Every index stays in place."""
-        return 1
-
-
-@dataclass(frozen=True)
-class HeadPermute(Op):
-    """Rows of each head: theirs rotates neighbours (2i, 2i+1), ours the two halves (i, i + head_dim / 2).
-
-    The two rotary conventions of Meta's reference and of transformers; heads stay in order.
-    """
-
-    head_dim: int
-
-    def join(self, theirs: Tensor) -> Tensor:
-        """Return rows of even index, then of odd index, in every head."""
-        return theirs.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-    def split(self, ours: Tensor) -> Tensor:
-        """Return rows interleaved in every head."""
-        return ours.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-    def grain(self, dim: int) -> int | None:
-        """Whole heads stay in place, and so does every column."""
-        return self.head_dim if dim == 0 else 1
-
-
-@dataclass(frozen=True)
-class Cat:
-    """Our parameter stacks several of theirs along ``dim``, each through its own op.
-
-    ``sizes`` are our parts' sizes along ``dim`` (empty: equal parts); ``ops`` one op each (empty: all the same).
-    """
-
-    dim: int = 0
-    sizes: tuple[int, ...] = ()
-    ops: tuple[Op, ...] = ()
-
-
-# ------------------------------------------------------------------------------------------------ table
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of the layout and the range of our parameter, along the row's dim, that it makes."""
-
-    name: str
-    op: Op
-    start: int
-    size: int
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A row applied to one parameter: its name and whole shape, and the parts it is stacked from along ``dim``."""
-
-    name: str
-    shape: tuple[int, ...]
-    dim: int
-    parts: tuple[Part, ...]
-
-    def split(self, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the layout's tensors of our whole parameter."""
-        for part in self.parts:
-            mine = whole if len(self.parts) == 1 else whole.narrow(self.dim, part.start, part.size)
-            yield part.name, part.op.split(mine)
-
-
-@dataclass(frozen=True)
-class Row:
-    """``ours`` is made of ``theirs``; ``*`` stands for a number that both sides share."""
-
-    ours: str
-    theirs: str | tuple[str, ...]
-    op: Op | Cat = Same()
-
-    def bind(self, name: str, numbers: Sequence[str], shape: tuple[int, ...]) -> Bound:
-        """Apply the row to one parameter of ours."""
-        theirs = (self.theirs,) if isinstance(self.theirs, str) else self.theirs
-        cat = self.op if isinstance(self.op, Cat) else Cat(ops=(self.op,))
-        whole = shape[cat.dim] if shape else 1
-        sizes = cat.sizes or (whole // len(theirs),) * len(theirs)
-        ops = cat.ops or (Same(),) * len(theirs)
-        if not len(sizes) == len(ops) == len(theirs) or sum(sizes) != whole:
-            raise ValueError(f"{self.ours}: parts {sizes} with {len(ops)} ops do not make {name}{list(shape)}")
-        parts, start = [], 0
-        for their, op, size in zip(theirs, ops, sizes, strict=True):
-            mine = (*shape[: cat.dim], size, *shape[cat.dim + 1 :]) if shape else ()
-            form = op.split(torch.empty(mine, device="meta"))
-            parts.append(Part(_fill(their, numbers), op, start, size, tuple(form.shape)))
-            start += size
-        return Bound(name, shape, cat.dim, tuple(parts))
-
-
-class Table:
-    """The rows of a layout; total: each parameter of ours has one row, each tensor of theirs is used or ignored."""
-
-    def __init__(self, *rows: Row, ignore: tuple[str, ...] = ()) -> None:
-        self.rows = tuple((_pattern(row.ours), row) for row in rows)
-        self._ignore = tuple(_pattern(p) for p in ignore)
-
-    def ignored(self, theirs: str) -> bool:
-        """Return whether the layout may hold this tensor and we do without it."""
-        return any(p.fullmatch(theirs) for p in self._ignore)
-
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Bound]:
-        """Apply the rows to all of a network's parameters; ValueError unless they match one to one."""
-        out, used, taken = {}, set(), dict[str, str]()
-        for name, shape in shapes.items():
-            hits = [(m.groups(), row) for pattern, row in self.rows if (m := pattern.fullmatch(name))]
-            if len(hits) != 1:
-                raise ValueError(f"weight table: {len(hits)} rows match the parameter {name!r}, expected one")
-            numbers, row = hits[0]
-            out[name] = row.bind(name, numbers, shape)
-            used.add(row.ours)
-            for part in out[name].parts:
-                if part.name in taken:
-                    raise ValueError(f"weight table: {part.name!r} makes both {taken[part.name]!r} and {name!r}")
-                taken[part.name] = name
-        idle = [row.ours for _, row in self.rows if row.ours not in used]
-        if idle:
-            raise ValueError(f"weight table: no parameter matches the row {idle[0]!r}")
-        return out
-
-
-def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(re.escape(text).replace(r"\*", r"(\d+)"))
-
-
-def _fill(pattern: str, numbers: Sequence[str]) -> str:
-    rest = iter(numbers)
-    return re.sub(r"\*", lambda _: next(rest), pattern)
-
-
-# ------------------------------------------------------------------------------------------------ layouts
-
-
-class Source(Protocol):
-    """Tensors one can read by name, whole or in slices."""
-
-    def names(self) -> list[str]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def where(self, name: str) -> Path: ...
-    def slot(self, name: str) -> Any: ...
-    def read(self, name: str, dim: int = 0, start: int = 0, length: int | None = None) -> Tensor: ...
-
-
-class Files(Protocol):
-    """How a layout keeps tensors in a folder."""
-
-    def open(self, folder: Path) -> Source: ...
-    def create(self, folder: Path, specs: Mapping[str, Spec], *, shards: int, shard_bytes: int) -> Writer: ...
-
-
-def _one(config: Any, shards: int | None) -> int:
-    if shards is not None:
-        raise UserError(f"shards={shards}: this layout cuts its files by size, leave shards out")
-    return 1
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A published form of a model: file names, tensor names, and where its configuration is written.
-
-    ``build`` makes the network and ``table`` the weight table of a configuration. ``silent`` are configuration fields
-    the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
-    weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
-    the layout has beside ours; ``extras`` names files copied along from the source; ``shards`` gives the number of
-    files.
-    """
-
-    name: str
-    build: Callable[[Any], nn.Module]
-    table: Callable[[Any], Table]
-    detect: Callable[[Path], bool]
-    read_config: Callable[[Path], Section]
-    write_config: Callable[[Any, Path, torch.dtype], None]
-    files: Files
-    describe: str = ""
-    silent: tuple[str, ...] = ()
-    loose: tuple[str, ...] = ()
-    extra: Callable[[Any, torch.dtype], Mapping[str, Tensor]] = lambda config, dtype: {}
-    extras: tuple[str, ...] = ()
-    shards: Callable[[Any, int | None], int] = _one
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -355,7 +134,7 @@ class _Run:
         return list(self.opened.names())
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.opened.dtype(name) if hasattr(self.opened, "dtype") else self.opened.read(name).dtype
+        return self.opened.dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.opened.shape(name))

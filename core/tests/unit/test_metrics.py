@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import metrics, perf
+from mindspeed_model_core import metrics, peak
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.metrics import Recorder, StepRecord, read
 from mindspeed_model_core.recipe import MetricsConfig, Recipe
@@ -41,7 +41,7 @@ def write(folder: Path, steps: range, *, total: int = 10, every: int = 1, **kwar
 
 
 def test_rates_are_over_all_devices_and_per_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(perf, "known_peak", lambda name, precision: perf.Peak(4e12, "data sheet"))
+    monkeypatch.setattr(peak, "known_peak", lambda name, precision: peak.Peak(4e12, "data sheet"))
     write(tmp_path, range(1, 2), device=torch.device("cpu"), devices_used=4)
     (only,) = read(tmp_path)
     assert only["samples_per_s"] == 16

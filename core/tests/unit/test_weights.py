@@ -19,11 +19,11 @@ import pytest
 import torch
 from mindspeed_model_core import tensorfile, weights
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.layout import Cat, HeadPermute, Layout, Op, Row, Same, Table
 from mindspeed_model_core.model import Model
 from mindspeed_model_core.parallel.placement import Placement
 from mindspeed_model_core.recipe import Recipe, Section, validate
 from mindspeed_model_core.tensorfile import Consolidated, Safetensors, Spec, read_json, write_json
-from mindspeed_model_core.weights import Cat, HeadPermute, Layout, Op, Row, Same, Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

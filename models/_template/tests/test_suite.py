@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mindspeed_model_core.model import Batch, Trunk
 from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_template import MODEL
 from mindspeed_model_template.task import TemplateRecipe
 from torch import Tensor, nn

@@ -17,9 +17,9 @@ import torch
 import typer
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import weights
-from mindspeed_model_core.model import Batch
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.train import Session
+from mindspeed_model_core.trunk import Batch
 from mindspeed_model_llama2 import MODEL
 from rich.console import Console
 from rich.table import Table

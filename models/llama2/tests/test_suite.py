@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.data import train_tokenizer
-from mindspeed_model_core.model import Batch, Trunk
 from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_llama2 import MODEL
 from mindspeed_model_llama2.task import Llama2Recipe
 from torch import Tensor, nn

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mindspeed_model_core import weights
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.layout import HeadPermute
 from mindspeed_model_core.parallel.placement import placements
 from mindspeed_model_llama2 import MODEL, Llama2
 from mindspeed_model_llama2.config import PRESETS, Llama2Config
@@ -164,7 +165,7 @@ def test_metas_rotation_of_its_rows_is_ours_of_ours() -> None:
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
     def ours(weight: Tensor) -> Tensor:
-        a, b = (x @ weights.HeadPermute(head).join(weight).T).chunk(2, -1)
+        a, b = (x @ HeadPermute(head).join(weight).T).chunk(2, -1)
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     assert torch.allclose(metas(q) @ metas(k).T, ours(q) @ ours(k).T)

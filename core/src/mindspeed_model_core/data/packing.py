@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..model import Batch
+from ..trunk import Batch
 
 IGNORE = -100
 Tokens = NDArray[np.int32]

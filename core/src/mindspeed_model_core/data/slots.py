@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
-from ..model import Batch
+from ..trunk import Batch
 
 Position = list[int]
 Drawn = tuple[Any, Position]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..model import Trunk
 from ..recipe import ParallelConfig, Precision
+from ..trunk import Trunk
 from .mesh import Mesh
 from .placement import placements
 from .shard import Gradients, Shard, collect
@@ -97,7 +97,7 @@ def parallelize(
     shapes = {name: p.shape for name, p in net.named_parameters()}
     _narrow(net, mesh, parallel)
     _keep_stage(net, mesh)
-    net.recompute = {"none": 0, "all": len(net.blocks)}.get(str(recompute), recompute)  # type: ignore[assignment]
+    net.recompute = recompute if isinstance(recompute, int) else {"none": 0, "all": len(net.blocks)}[recompute]
     sharded = parallel.shard != "none" and bool(mesh.groups)
     compute, master = COMPUTE[precision], MASTER[precision]
     _cast(net, master if sharded else compute)
@@ -116,6 +116,7 @@ def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
     if mesh.tp == 1:
         return
     tp = TensorParallel(mesh.groups["tp"], mesh.tp_rank, mesh.tp, parallel.sequence)
+    module: Any
     for module in net.modules():
         if not hasattr(module, "placements"):
             continue
@@ -124,7 +125,7 @@ def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
             if parameter is not None and placement.dim is not None:
                 share = placement.narrow(parameter.detach(), mesh.tp_rank, mesh.tp)
                 setattr(module, name, nn.Parameter(share.contiguous()))
-        module.tp = tp  # type: ignore[assignment]
+        module.tp = tp
     net.sequence_ranks = mesh.tp if parallel.sequence else 1
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import Batch, State
+from ..trunk import Batch, State
 from . import engine
 from .apply import Parallel
 

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..model import Batch, Trunk
 from ..optim import AdamW
 from ..parallel import apply, pipeline
 from ..parallel.mesh import open_mesh
 from ..parallel.shard import Shard
 from ..recipe import OptimConfig, ParallelConfig, Precision
 from ..task import Task
+from ..trunk import Batch, Trunk
 from .dist import run_dist
 from .tolerance import assert_close
 

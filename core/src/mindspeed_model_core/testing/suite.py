@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import recipe as recipes
 from .. import train, weights
 from ..errors import UserError
-from ..model import Batch, Model, Trunk
+from ..model import Model
 from ..parallel import apply
 from ..parallel.mesh import Mesh
 from ..recipe import ParallelConfig, Recipe
+from ..trunk import Batch, Trunk
 from .dist import run_dist
 from .equivalence import LAYOUTS, Job, assert_equivalent, trace
 from .tolerance import FP32, FP64, assert_close
@@ -48,7 +50,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
             parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise[0].numel() ** -0.5)
 
 
-class ModelSuite:
+class ModelSuite(ABC):
     """Subclass it as ``TestSuite`` and give the attributes and the four methods below."""
 
     model: Model
@@ -60,25 +62,25 @@ class ModelSuite:
     parameter_counts: dict[str, int] = {}
     """The published parameter count of each preset."""
 
+    @abstractmethod
     def recipe(self, folder: Path, **changes: Any) -> Recipe:
         """Return a recipe that trains the tiny preset on real small data made in ``folder``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, config: Any, seed: int) -> Batch:
         """Return a random batch of one size whose loss count depends on the seed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reference(self, config: Any) -> nn.Module:
         """Return the reference library's network of this configuration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reference_run(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the reference's output, in the shape of ours, and its loss sum."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self, net: Trunk, batch: Batch) -> Tensor:
         """Return our network's output for the batch, as ``reference_run`` gives it."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ unit
 
@@ -229,7 +231,7 @@ class ModelSuite:
         randomise(net, seed=5)
         hub = self.model.layouts[0]
         weights.save(net.named_parameters(), config, hub, tmp_path / "hub")
-        kind = type(self.reference(config))
+        kind: Any = type(self.reference(config))
         theirs, report = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         batch = self.batch(config, 2)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as layers
-from ..model import Batch, Context, Model, State, Trunk
+from ..model import Model
 from ..recipe import Recipe, Section
 from ..task import Unit, Work
+from ..trunk import Batch, Context, State, Trunk
 
 WIDTH, HIDDEN, ROWS = 6, 20, 8
 

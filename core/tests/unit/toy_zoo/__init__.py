@@ -11,9 +11,10 @@ import typer
 from mindspeed_model_core import nn as layers
 from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.model import Batch, Context, Model, State, Trunk
+from mindspeed_model_core.model import Model
 from mindspeed_model_core.recipe import Recipe, Section, local
 from mindspeed_model_core.task import Work
+from mindspeed_model_core.trunk import Batch, Context, State, Trunk
 from pydantic import PositiveInt
 from torch import Tensor, nn
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.model import Batch
 from mindspeed_model_core.recipe import Section, local
+from mindspeed_model_core.trunk import Batch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 

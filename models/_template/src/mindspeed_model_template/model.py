@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from mindspeed_model_core import nn as layers
-from mindspeed_model_core.model import Batch, Context, State, Trunk
+from mindspeed_model_core.trunk import Batch, Context, State, Trunk
 from torch import Tensor, nn
 
 from .config import TemplateConfig

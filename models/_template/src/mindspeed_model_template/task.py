@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from mindspeed_model_core.data import IGNORE, SlotLoader
-from mindspeed_model_core.model import Batch
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Unit, Work
+from mindspeed_model_core.trunk import Batch
 from torch import Tensor
 
 from .config import TemplateConfig

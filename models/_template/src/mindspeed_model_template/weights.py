@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.layout import Cat, Layout, Row, Table
 from mindspeed_model_core.recipe import validate
 from mindspeed_model_core.tensorfile import Safetensors, read_json, write_json
-from mindspeed_model_core.weights import Cat, Layout, Row, Table
 
 from .config import TemplateConfig
 from .model import Template

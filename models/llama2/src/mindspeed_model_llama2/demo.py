@@ -184,6 +184,7 @@ def demo(
 
     heading(6, "Measure its speed, beside what is recorded and published")
     run("measure", RECIPE, "--steps", "10")
+    run("baselines")
     console.print(f"\n[bold green]Done in {time.perf_counter() - begun:.0f} s.[/bold green] Everything is in {work}.")
 
 
@@ -194,6 +195,8 @@ def _free(parent: Path) -> Path:
 
 if __name__ == "__main__":
     os.environ["MINDSPEED_MODEL_DEVICE"] = "cpu"
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "140")  # tables in a log need not fold
     try:
         typer.run(demo)
     except UserError as error:

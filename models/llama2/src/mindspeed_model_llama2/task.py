@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mindspeed_model_core.data import IGNORE, Loader, PackedText, RandomText
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.model import Batch
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Unit, Work
+from mindspeed_model_core.trunk import Batch
 from torch import Tensor
 
 from .config import Llama2Config

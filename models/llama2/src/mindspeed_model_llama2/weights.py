@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.layout import Cat, HeadPermute, Layout, Row, Same, Table
 from mindspeed_model_core.recipe import validate
 from mindspeed_model_core.tensorfile import Consolidated, Safetensors, read_json, write_json
-from mindspeed_model_core.weights import Cat, HeadPermute, Layout, Row, Same, Table
 from torch import Tensor
 
 from .config import PRESETS, Llama2Config

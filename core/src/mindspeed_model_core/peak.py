@@ -1,0 +1,64 @@
+"""What a device can do at most: known figures by hardware name, or a matrix product timed here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from . import device as devices
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most FLOP/s one device can do in a precision, and where the figure comes from."""
+
+    flops: float
+    source: str
+
+
+# Dense peaks per device; the first key found in the device's name decides, so longer names come first.
+# NVIDIA: data sheets, without sparsity. Ascend 910B: no data sheet gives it; it is what the incumbent's published
+# Llama-2 throughput and MFU imply together (373 to 378 TFLOP/s), and what makes our MFU comparable to theirs.
+_BF16: dict[str, tuple[float, str]] = {
+    "H100 PCIe": (756e12, "data sheet"),
+    "H200": (989e12, "data sheet"),
+    "H100": (989e12, "data sheet"),
+    "H800": (989e12, "data sheet"),
+    "A100": (312e12, "data sheet"),
+    "A800": (312e12, "data sheet"),
+    "910B": (376e12, "derived from published figures"),
+}
+# Without TF32, which PyTorch leaves off.
+_FP32: dict[str, tuple[float, str]] = {
+    "H100 PCIe": (51e12, "data sheet"),
+    "H200": (67e12, "data sheet"),
+    "H100": (67e12, "data sheet"),
+    "A100": (19.5e12, "data sheet"),
+    "A800": (19.5e12, "data sheet"),
+}
+_TABLES = {"bf16": _BF16, "bf16-pure": _BF16, "fp32": _FP32}
+_DTYPES = {"bf16": torch.bfloat16, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def known_peak(hardware: str, precision: str) -> Peak | None:
+    """Return the peak of the named hardware in a recipe's precision, or None when no table has it."""
+    for key, (flops, source) in _TABLES.get(precision, {}).items():
+        if key.lower() in hardware.lower():
+            return Peak(flops, source)
+    return None
+
+
+def measured_peak(device: torch.device, precision: str, *, repeats: int = 8) -> Peak:
+    """Return the FLOP/s of the best of ``repeats`` square matrix products in the recipe's compute dtype."""
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device).to(_DTYPES[precision])
+    best = float("inf")
+    for _ in range(repeats + 1):
+        devices.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, left)
+        devices.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return Peak(2 * size**3 / best, "measured matmul")
