@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import recipe as recipes
-from .. import train, weights
+from .. import metrics, train, weights
 from ..errors import UserError
 from ..model import Model
 from ..parallel import apply
@@ -312,6 +314,27 @@ class ModelSuite(ABC):
         there = self._train(recipe, tmp_path / "cpu")
         assert len(here) == 6 and again == here[3:]
         assert all(abs(a / b - 1) < 1e-3 for a, b in zip(here, there, strict=True)), (here, there)
+
+    @pytest.mark.device
+    @pytest.mark.parametrize("pair", ["tp2", "tp2-sequence", "pp2", "dp2", "dp2-zero1", "dp2-zero2", "dp2-zero3"])
+    def test_two_accelerators_equal_one(self, pair: str, tmp_path: Path) -> None:
+        """The command line trains on two devices what it trains on one."""
+        count = torch.accelerator.device_count()
+        if count < 2:
+            pytest.skip(f"needs two accelerators, there is {count}")
+        world, fields = self.layouts[pair]
+        alone, spread = (self._launch(tmp_path, n, f) for n, f in ((1, {}), (world, fields)))
+        assert len(alone) == 4
+        assert all(abs(a / b - 1) < 1e-4 for a, b in zip(spread, alone, strict=True)), (spread, alone)
+
+    def _launch(self, folder: Path, devices: int, parallel: dict[str, Any]) -> list[float]:
+        recipe = self.recipe(folder, steps=4, checkpoint={"every": 2}, parallel=parallel)
+        file, run = folder / f"{devices}.yaml", folder / f"run-{devices}"
+        file.write_text(recipe.to_yaml())
+        command = [sys.executable, "-m", self.model.package, "train", str(file), "--run-dir", str(run)]
+        done = subprocess.run([*command, "--nproc", str(devices)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [record["loss"] for record in metrics.read(run)]
 
     @pytest.mark.device
     def test_records_a_profile_on_the_accelerator(self, tmp_path: Path) -> None:
