@@ -21,9 +21,9 @@ from . import facade
 def initialise(tp: int, pp: int, device: torch.device) -> None:
     """Split the initialised default process group into tensor, pipeline and data-parallel groups."""
     facade.install(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tells of optional accelerations that nothing here uses
-        from megatron.core import parallel_state
+    # It tells of accelerations that nothing here uses, and how to start its own trainer.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
 

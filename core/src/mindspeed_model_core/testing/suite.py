@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import recipe as recipes
 from .. import metrics, train, weights
+from .. import recipe as recipes
 from ..errors import UserError
 from ..model import Model
 from ..parallel import apply

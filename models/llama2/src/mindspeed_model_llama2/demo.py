@@ -34,7 +34,7 @@ from . import MODEL
 from .config import PRESETS
 from .generate import load_net
 
-STEPS, EVERY, KILL_AT, BAR = 300, 10, 120, 3.6
+STEPS, EVERY, KILL_AT, BAR = 300, 10, 120, 3.7
 RECIPE = "tiny-text"
 console = Console(highlight=False, soft_wrap=True)
 
