@@ -60,7 +60,6 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool
         gradient_accumulation_fusion=False,
         allreduce_dgrad=not sequence,
         sequence_parallel=sequence,
-        tp_group=groups()["tp"],
     )
 
 

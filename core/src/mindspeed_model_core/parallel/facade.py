@@ -2,7 +2,7 @@
 
 Two things are scoped as narrowly as Python allows: nine ``torch.cuda`` functions answer for the real device when the
 caller is megatron and do what they always did for anyone else, and a torch-function mode, active only inside
-``facade.active()``, rewrites ``device="cuda"`` literals in calls made from megatron. No file or attribute of
+``facade.active()``, rewrites ``device="cuda"`` literals and ``Tensor.cuda()`` in calls made from megatron. No file or attribute of
 megatron-core is changed, and nothing is installed on CUDA.
 """
 
@@ -53,7 +53,7 @@ def _called_by_megatron(depth: int) -> bool:
 
 
 class _DeviceLiterals(TorchFunctionMode):
-    """Rewrites ``device="cuda"`` in tensor factories called by megatron."""
+    """Rewrites ``device="cuda"`` in tensor factories, and ``Tensor.cuda()``, where megatron calls them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -64,6 +64,8 @@ class _DeviceLiterals(TorchFunctionMode):
         named = kwargs.get("device")
         if named is not None and torch.device(named).type == "cuda" and _called_by_megatron(2):
             kwargs = {**kwargs, "device": self.device}
+        if func is torch.Tensor.cuda and _called_by_megatron(2):
+            return args[0].to(self.device)
         return func(*args, **kwargs)
 
 
