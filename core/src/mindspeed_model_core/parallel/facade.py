@@ -1,9 +1,9 @@
 """Lets megatron-core, which spells its device ``torch.cuda``, run on another device.
 
-Two things are scoped as narrowly as Python allows: nine ``torch.cuda`` functions answer for the real device when the
-caller is megatron and do what they always did for anyone else, and a torch-function mode, active only inside
-``facade.active()``, rewrites ``device="cuda"`` literals and ``Tensor.cuda()`` in calls made from megatron. No file or attribute of
-megatron-core is changed, and nothing is installed on CUDA.
+Two things are scoped as narrowly as Python allows. Six ``torch.cuda`` functions answer for the real device when the
+caller is megatron and do what they always did for anyone else. And a torch-function mode, active only inside
+``facade.active()``, rewrites ``device="cuda"`` literals and ``Tensor.cuda()`` in calls made from megatron. No file or
+attribute of megatron-core is changed, and nothing is installed on CUDA.
 """
 
 from __future__ import annotations

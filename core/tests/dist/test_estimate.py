@@ -1,0 +1,57 @@
+"""The memory estimate against what real ranks hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mindspeed_model_core.estimate import Fused, Saved, estimate
+from mindspeed_model_core.parallel import apply
+from mindspeed_model_core.parallel.mesh import open_mesh
+from mindspeed_model_core.testing import toy
+from mindspeed_model_core.testing.dist import run_dist
+
+
+def held(fields: dict[str, Any]) -> tuple[int, int]:
+    """Return the bytes of AdamW's states and, if this rank has all blocks whole, what is kept before the head."""
+    recipe = toy.recipe(**fields)
+    mesh = open_mesh(recipe.parallel, torch.device("cpu"))
+    with torch.device("meta"):
+        net = toy.Toy(toy.ToyConfig())
+    parallel = apply.parallelize(net, mesh, recipe.parallel, precision=recipe.precision)
+    states = 0
+    for shard in parallel.shards.values():
+        apart = shard.sharded or shard.master.data_ptr() != shard.local.data_ptr()
+        states += shard.master.nbytes * (3 if apart else 2)
+    if parallel.config.shard != "none" or recipe.parallel.pp > 1:
+        return states, 0
+    batch = toy.batch(1)
+    net.to(apply.COMPUTE[recipe.precision])
+    with Fused(), Saved([*net.parameters(), *batch.values()]) as saved:
+        state = net.embed(batch, {})
+        for index, block in enumerate(net.blocks):
+            state = net.step(index, block, state, {})
+    return states, saved.bytes
+
+
+@pytest.mark.parametrize(
+    ("world", "fields"),
+    [
+        (1, {}),
+        (2, {"parallel": {"tp": 2}}),
+        (2, {"parallel": {"tp": 2, "sequence": True}}),
+        (2, {"precision": "bf16"}),
+        (2, {"precision": "bf16", "parallel": {"shard": "zero1"}}),
+        (2, {"parallel": {"shard": "zero3"}}),
+        (4, {"precision": "bf16-pure", "parallel": {"tp": 2, "shard": "zero2"}}),
+        (2, {"parallel": {"pp": 2}}),
+    ],
+    ids=str,
+)
+def test_equals_what_ranks_hold(world: int, fields: dict[str, Any]) -> None:
+    memory = estimate(toy.recipe(**fields), toy.TOY, world).memory
+    ranks = run_dist(held, world, fields) if world > 1 else [held(fields)]
+    assert memory.optimizer == max(states for states, _ in ranks)
+    kept = {saved for _, saved in ranks}
+    assert kept <= {0, memory.activations}

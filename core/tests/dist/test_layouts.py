@@ -1,0 +1,125 @@
+"""The toy under every layout: biases, stacked parts, widths that data ranks do not divide."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from mindspeed_model_core import nn as layers
+from mindspeed_model_core import ops
+from mindspeed_model_core.parallel.mesh import open_mesh
+from mindspeed_model_core.parallel.tensor import TensorParallel
+from mindspeed_model_core.recipe import ParallelConfig
+from mindspeed_model_core.testing import toy
+from mindspeed_model_core.testing.dist import run_dist
+from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent
+from mindspeed_model_core.testing.tolerance import FP64
+
+JOB = Job(
+    build=lambda: toy.Toy(toy.ToyConfig()),
+    task=toy.ToyTask(toy.recipe(), toy.ToyConfig()),
+    batches=lambda step: [toy.batch(8 * step + i) for i in range(8)],
+)
+EXTRA = {
+    "dp3-zero3": (3, {"shard": "zero3"}),
+    "dp8-zero3": (8, {"shard": "zero3"}),  # more ranks than a norm has elements
+    "tp2-sequence-dp2": (4, {"tp": 2, "sequence": True}),
+    "pp2-dp2-zero2": (4, {"pp": 2, "shard": "zero2"}),
+}
+
+
+def six(step):
+    return [toy.batch(6 * step + i) for i in range(6)]
+
+
+# The toy's stacked parts are 10 and 2 units: tp 4 does not divide them.
+@pytest.mark.parametrize("name", [n for n in {**LAYOUTS, **EXTRA} if n != "tp4"])
+def test_equals_one_process(name):
+    world, fields = {**LAYOUTS, **EXTRA}[name]
+    job = Job(JOB.build, JOB.task, six) if name == "dp3-zero3" else JOB
+    assert_equivalent(job, world, fields, FP64)
+
+
+def test_micro_batches_of_different_length_cross_stages():
+    job = Job(JOB.build, JOB.task, lambda step: [toy.batch(8 * step + i, rows=4 + 2 * (i % 3)) for i in range(8)])
+    assert_equivalent(job, 2, {"pp": 2}, FP64)
+    assert_equivalent(job, 8, {"tp": 2, "sequence": True, "pp": 2, "shard": "zero3"}, FP64)
+
+
+def test_a_data_rank_without_labels():
+    def batches(step):
+        out = [toy.batch(8 * step + i) for i in range(8)]
+        for batch in out[1::2]:
+            batch["labels"][:] = -100
+        return out
+
+    for layout in ({}, {"shard": "zero2"}):
+        assert_equivalent(Job(JOB.build, JOB.task, batches), 2, layout, FP64)
+
+
+def test_fewer_micro_batches_than_stages():
+    job = Job(JOB.build, JOB.task, lambda step: [toy.batch(2 * step + i) for i in range(2)])
+    assert_equivalent(job, 4, {"pp": 4}, FP64)
+
+
+def _region(sequence):
+    """Return output and input gradient of a column-row pair, joined over the tokens, with the unsplit ones."""
+    mesh = open_mesh(ParallelConfig(tp=2, sequence=sequence), torch.device("cpu"))
+    torch.manual_seed(0)
+    up = layers.Linear(6, 8, split="out").double()
+    down = layers.Linear(8, 6, split="in").double()
+    whole = torch.randn(4, 6, dtype=torch.float64)
+    x = whole.clone().requires_grad_()
+    y = down(up(x).tanh())
+    y.square().sum().backward()
+    tp = TensorParallel(mesh.groups["tp"], mesh.tp_rank, 2, sequence)
+    for layer in (up, down):
+        for name, placement in layer.placements().items():
+            share = placement.narrow(getattr(layer, name).detach(), mesh.tp_rank, 2)
+            setattr(layer, name, torch.nn.Parameter(share))
+        layer.tp = tp
+    local = (whole.chunk(2)[mesh.tp_rank] if sequence else whole).clone().requires_grad_()
+    out = down(up(local).tanh())
+    out.square().sum().backward()
+    return y.detach(), x.grad, out.detach(), local.grad
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_input_gradients_cross_a_tensor_parallel_region(sequence):
+    results = run_dist(_region, 2, sequence)
+    y, grad = results[0][:2]
+    outs, grads = ([r[i] for r in results] for i in (2, 3))
+    if sequence:
+        outs, grads = [torch.cat(outs)] * 2, [torch.cat(grads)] * 2
+    for out, got in zip(outs, grads, strict=True):
+        assert torch.allclose(out, y, atol=1e-12) and torch.allclose(got, grad, atol=1e-12)
+
+
+def _vocabulary():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 8, dtype=torch.float64)
+    labels = torch.tensor([0, 7, 3, -100, 4])
+    rank = dist.get_rank()
+    local = logits.chunk(2, 1)[rank].clone().requires_grad_()
+    loss = ops.cross_entropy(local, labels, start=4 * rank, group=dist.group.WORLD)
+    (loss * torch.arange(1, 6)).sum().backward()
+    return loss.detach(), local.grad
+
+
+def test_cross_entropy_over_a_split_vocabulary():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 7, 3, -100, 4])
+    want = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    (want * torch.arange(1, 6)).sum().backward()
+    (loss, left), (_, right) = run_dist(_vocabulary, 2)
+    assert torch.allclose(loss, want, atol=1e-12)
+    assert torch.allclose(torch.cat((left, right), 1), logits.grad, atol=1e-12)
+
+
+def test_a_failing_rank_fails_the_test():
+    def boom():
+        if dist.get_rank() == 1:
+            raise RuntimeError("rank one breaks")
+        dist.barrier()
+
+    with pytest.raises(AssertionError, match="rank one breaks"):
+        run_dist(boom, 2)
