@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from importlib import resources
@@ -155,6 +156,7 @@ def load(kind: type[R], package: str, name: str, overrides: tuple[str, ...] | li
     """
     values = _read(package, name, ())
     values["name"] = Path(name).stem
+    shipped = copy.deepcopy(values)
     for text in overrides:
         key, eq, raw = text.partition("=")
         if not eq or not key:
@@ -164,7 +166,12 @@ def load(kind: type[R], package: str, name: str, overrides: tuple[str, ...] | li
         except yaml.YAMLError:
             value = raw
         _assign(kind, values, key, value)
-    return validate(kind, values, f"recipe {name}")
+    recipe = validate(kind, values, f"recipe {name}")
+    if recipe.reproduces is None or not overrides:
+        return recipe
+    # Other work than the recipe's does not repeat the row that the recipe names.
+    same = validate(kind, shipped, f"recipe {name}").digest() == recipe.digest()
+    return recipe if same else recipe.model_copy(update={"reproduces": None})
 
 
 def validate(kind: type[S], values: dict[str, Any], where: str) -> S:

@@ -128,3 +128,8 @@ def test_digest_follows_the_work_only() -> None:
         assert load("base", same).digest() == base, same
     changed = [load("base", o).digest() for o in ("steps=7", "optim.lr=1", "data.length=32", "parallel.shard=zero1")]
     assert len({base, *changed}) == 5
+
+
+def test_changed_work_reproduces_nothing() -> None:
+    assert load("longer", "checkpoint.keep=7").reproduces == "some-row"
+    assert load("longer", "optim.lr=1.0").reproduces is None
