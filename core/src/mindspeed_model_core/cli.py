@@ -90,6 +90,11 @@ def _known(error: Exception) -> int | None:
     if isinstance(error, OSError) and error.errno in _PLAIN_OS_ERRORS:
         launch.report(f"{error.filename or 'writing'}: {error.strerror}", status=2)
         return 2
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, named so that nothing here imports torch
+        said = " ".join(str(error).split()).partition(". ")[0]
+        advice = "lower micro_batch, set recompute=all or parallel.shard=zero3; 'show' estimates the memory"
+        launch.report(f"{said}; {advice}", status=2)
+        return 2
     if not hasattr(error, "format_message"):
         return None
     context = getattr(error, "ctx", None)
