@@ -54,6 +54,14 @@ class Checkpointer:
             for torn in folder.glob(".step-*.tmp"):
                 shutil.rmtree(torn)
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """When the run has failed, give a save that is under way a last chance to end."""
+        if kind is not None and self.thread is not None:
+            self.thread.join(30.0)
+
     def save(
         self, step: int, shards: dict[str, Shard], optimizer: AdamW, info: dict[str, Any], *, wait: bool = False
     ) -> None:
@@ -72,7 +80,7 @@ class Checkpointer:
                 self.error = error
 
         if self.background and not wait:
-            self.thread = threading.Thread(target=write, name="checkpoint")
+            self.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
             self.thread.start()
         else:
             write()
@@ -134,7 +142,8 @@ def _sync_folder(path: Path) -> None:
 
 def steps(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / RUN_FILE).is_file()) if folder.is_dir() else []
+    named = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()] if folder.is_dir() else []
+    return sorted((p for p in named if (p / RUN_FILE).is_file()), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -77,7 +77,10 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
             if not isinstance(saved, TensorStorageMetadata) or saved.size != wanted.shape:
                 found = list(saved.size) if isinstance(saved, TensorStorageMetadata) else "missing"
                 raise UserError(f"{name}: the network needs {list(wanted.shape)}, in the checkpoint it is {found}")
-            requests += create_read_items_for_chunk_list(name, saved, wanted.__create_chunk_list__())
+            items = create_read_items_for_chunk_list(name, saved, wanted.__create_chunk_list__())
+            if sum(item.lengths.numel() for item in items) != sum(part.numel() for _, part in wanted.parts):
+                raise UserError(f"{name}: the checkpoint does not hold all of it")
+            requests += items
         return LoadPlan(requests)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -91,8 +94,13 @@ class _Unpickler(pickle.Unpickler):
     names = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"))
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in self.modules or (module, name) in self.names:
+        if (module, name) in self.names:
             return super().find_class(module, name)
+        if module in self.modules and "." not in name:
+            found = super().find_class(module, name)
+            # A module's imports are reachable below it too; only the format's own classes are wanted.
+            if isinstance(found, type) and found.__module__ == module:
+                return found
         if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout)):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint never does")
@@ -145,6 +153,8 @@ def load_whole(name: str, folder: Path, metadata: Metadata) -> Tensor:
     """Return one whole tensor in the dtype it was saved in."""
     entry = metadata.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
+    if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+        raise UserError(f"{folder}: the checkpoint does not hold all of {name}")
     out = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that no process group is up, which is meant

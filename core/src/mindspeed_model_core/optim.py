@@ -45,7 +45,9 @@ class AdamW:
     def step(self, lr: float) -> Tensor:
         """Clip, update every master and parameter; return the gradient norm before clipping, on the device."""
         for shard in self.shards:
-            shard.master.grad = shard.gradient
+            # No gradient is a gradient of zero: moments, decay and step count are then the same under every layout.
+            gradient = shard.gradient
+            shard.master.grad = torch.zeros_like(shard.master) if gradient is None else gradient
         norm = self.clip()
         for group in self.inner.param_groups:
             group["lr"] = lr

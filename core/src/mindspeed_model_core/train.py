@@ -163,10 +163,10 @@ def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = Fal
     in use (unless ``resume``), a checkpoint of another model, and whatever is wrong with recipe, data or weights.
     """
     mesh = open_mesh(recipe.parallel)
-    try:
-        return _run(recipe, model, mesh, Path(run_dir), resume, watch)
-    finally:
-        close_mesh(mesh)
+    done = _run(recipe, model, mesh, Path(run_dir), resume, watch)
+    # Not after an error: the other ranks may be anywhere, and leaving the group would wait for them.
+    close_mesh(mesh)
+    return done
 
 
 def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, watch: Sequence[Watch]) -> Run:
@@ -196,7 +196,12 @@ def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, w
     late = mesh.device.type != "cpu"
     saved = session.number
     stop = False
-    with _on_sigterm(session), recorder, Profiler(recipe.profile, folder, mesh.rank, mesh.device) as profiler:
+    with (
+        saver,
+        _on_sigterm(session),
+        recorder,
+        Profiler(recipe.profile, folder, mesh.rank, mesh.device) as profiler,
+    ):
         while session.number < recipe.steps and not stop:
             with profiler.step(session.number + 1):
                 totals = session.step()

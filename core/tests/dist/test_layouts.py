@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from mindspeed_model_core import nn as layers
 from mindspeed_model_core import ops
+from mindspeed_model_core.parallel import apply, pipeline
 from mindspeed_model_core.parallel.mesh import open_mesh
 from mindspeed_model_core.parallel.tensor import TensorParallel
 from mindspeed_model_core.recipe import ParallelConfig
@@ -123,3 +124,34 @@ def test_a_failing_rank_fails_the_test():
 
     with pytest.raises(AssertionError, match="rank one breaks"):
         run_dist(boom, 2)
+
+
+def _collectives(layout, precision):
+    """Return how often, and in which dtype, one step of four micro-batches gathers weights and reduces gradients."""
+    mesh = open_mesh(ParallelConfig(**layout), torch.device("cpu"))
+    seen = []
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        real = getattr(dist, name)
+
+        def counted(output, *args, real=real, name=name, **kwargs):
+            seen.append((name, str(output.dtype).removeprefix("torch.")))
+            return real(output, *args, **kwargs)
+
+        setattr(dist, name, counted)
+    with torch.device("meta"):
+        net = toy.Toy(toy.ToyConfig())
+    parallel = apply.parallelize(net, mesh, ParallelConfig(**layout), precision=precision)
+    apply.initialise(parallel, 0)
+    batches = [toy.batch(i) for i in range(4)]
+    pipeline.run(parallel, batches, lambda out, _: out.sum(), torch.tensor(20.0))
+    return {kind: seen.count(kind) for kind in set(seen)}
+
+
+def test_each_zero_stage_communicates_as_it_should():
+    """Five units (four blocks and the rest) and four micro-batches; bf16 weights are gathered, fp32 is reduced."""
+    counts = {s: run_dist(_collectives, 2, {"shard": s}, "bf16")[0] for s in ("zero1", "zero2", "zero3")}
+    gathers = {s: c["all_gather_into_tensor", "bfloat16"] for s, c in counts.items()}
+    reduces = {s: c["reduce_scatter_tensor", "float32"] for s, c in counts.items()}
+    assert all(len(c) == 2 for c in counts.values()), counts
+    assert gathers == {"zero1": 5, "zero2": 5, "zero3": 4 * (5 + 4)}
+    assert reduces == {"zero1": 5, "zero2": 20, "zero3": 20}

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from mindspeed_model_core import checkpoint, train
+from mindspeed_model_core import dcp as dcp_format
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing import toy
 
@@ -159,3 +161,45 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         checkpoint.open_weights(run)
     with pytest.raises(UserError, match="subprocess.getoutput"):
         train.run(toy.recipe(), toy.TOY, run, resume=True)
+
+
+def test_an_admitted_module_opens_no_door(tmp_path):
+    """A dotted name below a module that the format uses reaches that module's imports."""
+    here = b"torch.distributed.checkpoint.filesystem"
+    call = pickle.SHORT_BINUNICODE + bytes([len(here)]) + here + pickle.SHORT_BINUNICODE + b"\x09os.system"
+    call += pickle.STACK_GLOBAL + pickle.SHORT_BINUNICODE + b"\x05false" + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+    (tmp_path / ".metadata").write_bytes(pickle.PROTO + b"\x04" + call)
+    with pytest.raises(UserError, match="os.system, which a checkpoint never does"):
+        dcp_format.read_metadata(tmp_path)
+
+
+def test_a_checkpoint_with_holes_is_refused(tmp_path):
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=1), toy.TOY, run)
+    folder = run / "checkpoints" / "step-00000001"
+    found = dcp_format.read_metadata(folder)
+    name = "model.blocks.0.up.weight"
+    chunk = found.state_dict_metadata[name].chunks[0]
+    found.state_dict_metadata[name].chunks = [replace(chunk, sizes=torch.Size((3, 6)))]
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+    with pytest.raises(UserError, match="does not hold all of"):
+        checkpoint.open_weights(run).read("blocks.0.up.weight")
+    with pytest.raises(UserError, match="does not hold all of"):
+        train.run(toy.recipe(), toy.TOY, run, resume=True)
+
+
+def test_a_users_copy_of_a_checkpoint_is_left_alone(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    train.run(toy.recipe(steps=2), toy.TOY, tmp_path / "run")
+    (folder / "step-00000002").rename(folder / "step-00000002-best")
+    assert checkpoint.steps(folder) == []
+
+
+def test_bf16_resumes_from_its_masters(tmp_path):
+    """The parameters that compute are made anew from the masters: bit for bit what they were."""
+    recipe = toy.recipe(precision="bf16", checkpoint={"every": 3, "keep": 9})
+    train.run(recipe, toy.TOY, tmp_path / "run")
+    want = losses_of(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000006").rename(tmp_path / "gone")
+    train.run(recipe, toy.TOY, tmp_path / "run", resume=True)
+    assert losses_of(tmp_path / "run") == want

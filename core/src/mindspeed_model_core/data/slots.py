@@ -8,6 +8,7 @@ hold; and because positions travel with the samples, what was prefetched and nev
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -146,6 +147,8 @@ class _Steps(IterableDataset[Any]):
 
 def _settle(worker: int) -> None:
     # The tokenizer's threads do not survive a fork, and the workers already are the parallelism.
+    # A SIGTERM to the whole process group asks the run to save; its readers must live until it has.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,24 @@ class ModelSuite(ABC):
 
     @pytest.mark.parametrize("recompute", ["all", 1])
     def test_recompute_changes_nothing(self, recompute: str | int) -> None:
-        plain, again = trace(self.job(steps=1), {}), trace(self.job(steps=1, recompute=recompute), {})
+        runs = 0
+
+        def count(*_: Any) -> None:
+            nonlocal runs
+            runs += 1
+
+        def build() -> Trunk:
+            net = job.build()
+            for block in net.blocks:
+                block.register_forward_pre_hook(count)
+            return net
+
+        job = self.job(steps=1)
+        plain = trace(replace(job, build=build), {})
+        once, runs = runs, 0
+        again = trace(replace(job, build=build, recompute=recompute), {})
+        blocks = len(self.model.build(self.config(**self.spread)).blocks)
+        assert runs == once * (1 + (blocks if recompute == "all" else 1) / blocks)
         assert plain.losses == again.losses
         want = {n: p[0][1] for n, p in plain.gradients.items()}
         assert_close({n: p[0][1] for n, p in again.gradients.items()}, want, 0.0)
@@ -177,6 +195,7 @@ class ModelSuite(ABC):
         recipe = self.recipe(tmp_path, steps=3, deterministic=True)
         try:
             first, second = (self._train(recipe, tmp_path / name) for name in ("a", "b"))
+            assert torch.are_deterministic_algorithms_enabled()
         finally:
             torch.use_deterministic_algorithms(False)
         assert first == second
