@@ -13,6 +13,7 @@ from mindspeed_model_core.testing import toy
 from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent
 from mindspeed_model_core.testing.tolerance import FP64
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 JOB = Job(
     build=lambda: toy.Toy(toy.ToyConfig()),
@@ -127,17 +128,18 @@ def test_a_failing_rank_fails_the_test():
 
 
 def _collectives(layout, precision):
-    """Return how often, and in which dtype, one step of four micro-batches gathers weights and reduces gradients."""
+    """Return how often FSDP2 gathers weights and reduces gradients, and in which dtype, in four micro-batches."""
     mesh = open_mesh(ParallelConfig(**layout), torch.device("cpu"))
     seen = []
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        real = getattr(dist, name)
+    for name in ("foreach_all_gather", "foreach_reduce"):
+        real = getattr(_fsdp_param_group, name)
 
-        def counted(output, *args, real=real, name=name, **kwargs):
-            seen.append((name, str(output.dtype).removeprefix("torch.")))
-            return real(output, *args, **kwargs)
+        def counted(*args, real=real, name=name, **kwargs):
+            dtypes = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)]
+            seen.append(name if name == "foreach_all_gather" else f"{name} in {dtypes[-1]}")
+            return real(*args, **kwargs)
 
-        setattr(dist, name, counted)
+        setattr(_fsdp_param_group, name, counted)
     with torch.device("meta"):
         net = toy.Toy(toy.ToyConfig())
     parallel = apply.parallelize(net, mesh, ParallelConfig(**layout), precision=precision)
@@ -148,10 +150,10 @@ def _collectives(layout, precision):
 
 
 def test_each_zero_stage_communicates_as_it_should():
-    """Five units (four blocks and the rest) and four micro-batches; bf16 weights are gathered, fp32 is reduced."""
+    """Five units (four blocks and the rest) and four micro-batches; zero3 gathers blocks again for backward."""
     counts = {s: run_dist(_collectives, 2, {"shard": s}, "bf16")[0] for s in ("zero1", "zero2", "zero3")}
-    gathers = {s: c["all_gather_into_tensor", "bfloat16"] for s, c in counts.items()}
-    reduces = {s: c["reduce_scatter_tensor", "float32"] for s, c in counts.items()}
-    assert all(len(c) == 2 for c in counts.values()), counts
-    assert gathers == {"zero1": 5, "zero2": 5, "zero3": 4 * (5 + 4)}
-    assert reduces == {"zero1": 5, "zero2": 20, "zero3": 20}
+    gathers = {"zero1": 5, "zero2": 5, "zero3": 4 * (5 + 4)}
+    reduces = {"zero1": 5, "zero2": 20, "zero3": 20}
+    assert counts == {
+        s: {"foreach_all_gather": gathers[s], "foreach_reduce in torch.float32": reduces[s]} for s in counts
+    }
