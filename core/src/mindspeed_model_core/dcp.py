@@ -27,6 +27,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from .errors import UserError
 from .parallel.shard import Shard
 
+# One process without a group is meant, not an accident. (A scoped filter would not reach the saving thread safely.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 
 class Rectangles:
     """A tensor's rectangles on this process, in the terms PyTorch's distributed checkpoint asks for."""
@@ -156,12 +159,10 @@ def load_whole(name: str, folder: Path, metadata: Metadata) -> Tensor:
     if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
         raise UserError(f"{folder}: the checkpoint does not hold all of {name}")
     out = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that no process group is up, which is meant
-        try:
-            dcp.load({name: out}, storage_reader=_Reader(folder, metadata), no_dist=True)
-        except (Exception, CheckpointException) as error:
-            raise UserError(f"{folder}: {name} cannot be loaded: {reason(error)}") from None
+    try:
+        dcp.load({name: out}, storage_reader=_Reader(folder, metadata), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"{folder}: {name} cannot be loaded: {reason(error)}") from None
     return out
 
 
