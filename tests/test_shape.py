@@ -92,3 +92,16 @@ def test_the_import_rules_cover_every_package() -> None:
     assert set(rules["importlinter:contract:models"]["modules"].split()) == models
     for library in ("megatron", "torch_npu"):
         assert set(rules[f"importlinter:contract:{library}"]["source_modules"].split()) == packages
+
+
+def test_every_test_file_is_collected_and_tracked() -> None:
+    """Neither an ignore rule nor a folder that pytest passes over hides a test."""
+    folders = [folder / "tests" for folder in NOXFILE.PACKAGES.values()]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *map(str, folders)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    collected = {line.partition("::")[0] for line in printed.splitlines() if "::" in line}
+    there = {str(f.relative_to(ROOT)) for folder in folders for f in folder.rglob("test_*.py")}
+    assert collected == there
+    if (ROOT / ".git").exists():
+        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert there <= set(tracked.splitlines())
