@@ -32,11 +32,14 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 
 
-def _state(shards: dict[str, Shard], optimizer: AdamW) -> dict[str, Rectangles]:
+def _state(shards: dict[str, Shard], optimizer: AdamW, *, to_write: bool = False) -> dict[str, Rectangles]:
+    """Return what this process holds; of what several hold alike, ``to_write`` keeps its share."""
     from .dcp import Rectangles
 
-    out = {f"model.{name}": Rectangles(s.master, s) for name, s in shards.items()}
+    out = {f"model.{name}": Rectangles(s.master, s) for name, s in shards.items() if s.writes or not to_write}
     for shard in optimizer.shards:
+        if to_write and not shard.writes:
+            continue
         for key, value in optimizer.moments(shard).items():
             out[f"optim.{shard.name}.{key}"] = Rectangles(value, shard)
     return out
@@ -70,7 +73,7 @@ class Checkpointer:
         Waits for an earlier save. Raises UserError when that one, or with ``wait`` this one, could not be written.
         """
         self.wait()
-        state = {key: value.copied() for key, value in _state(shards, optimizer).items()}
+        state = {key: value.copied() for key, value in _state(shards, optimizer, to_write=True).items()}
         final = self.folder / f"step-{step:08d}"
 
         def write() -> None:
@@ -95,7 +98,14 @@ class Checkpointer:
         if error is not None:
             from .dcp import reason
 
-            raise UserError(f"checkpoint in {self.folder} was not written: {reason(error)}; older ones are intact")
+            left = steps(self.folder)
+            kept = f"{left[-1].name} is intact" if left else "there is none yet"
+            raise UserError(f"checkpoint in {self.folder} was not written: {reason(error)}; {kept}")
+
+    def check(self) -> None:
+        """Raise UserError if a save in the background has failed; never waits."""
+        if self.error is not None:
+            self.wait()
 
     def _write(self, final: Path, state: dict[str, Any], info: dict[str, Any]) -> None:
         from . import dcp
@@ -109,7 +119,7 @@ class Checkpointer:
             self._barrier()
             dcp.save(state, temporary, self.group)
             if first:
-                _write_text(temporary / RUN_FILE, json.dumps(info, indent=1))
+                write_text(temporary / RUN_FILE, json.dumps(info, indent=1))
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(temporary, final)
@@ -127,11 +137,14 @@ class Checkpointer:
             dist.barrier(group=self.group)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _sync_folder(path: Path) -> None:
@@ -143,7 +156,12 @@ def _sync_folder(path: Path) -> None:
 def steps(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
     named = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()] if folder.is_dir() else []
-    return sorted((p for p in named if (p / RUN_FILE).is_file()), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in named if (p / RUN_FILE).is_file()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step a checkpoint was saved at."""
+    return int(path.name.removeprefix("step-"))
 
 
 def is_checkpoint(path: Path) -> bool:

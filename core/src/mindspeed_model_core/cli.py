@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -23,6 +24,7 @@ from .errors import UserError, nearest
 if TYPE_CHECKING:
     from .model import Model
     from .recipe import Recipe
+    from .train import Run
 
 
 def _release(distribution: str) -> str:
@@ -89,6 +91,9 @@ def _known(error: Exception) -> int | None:
     """Report a mistake in the command line's words or one of the system's plain refusals; None: it is neither."""
     if isinstance(error, OSError) and error.errno in _PLAIN_OS_ERRORS:
         launch.report(f"{error.filename or 'writing'}: {error.strerror}", status=2)
+        return 2
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        launch.report("not enough memory on the host; lower micro_batch or the size; 'show' estimates it", status=2)
         return 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's, named so that nothing here imports torch
         said = " ".join(str(error).split()).partition(". ")[0]
@@ -228,7 +233,11 @@ def app(model: Model) -> typer.Typer:
         _spread(resolved, nproc)
         if resume and found is None and launch.first_rank():
             typer.echo(f"{folder}: no checkpoint to resume from, starting from the beginning", err=True)
-        trainer.run(resolved, model, folder, resume=resume)
+        done = trainer.run(resolved, model, folder, resume=resume)
+        if launch.first_rank():
+            typer.echo(_ended(done, resolved.steps))
+        if done.signal == signal.SIGINT:
+            raise typer.Exit(130)
 
     @cli.command(
         help=_help(
@@ -354,6 +363,17 @@ def app(model: Model) -> typer.Typer:
     for function in model.commands:
         cli.command(_command_name(function))(function)
     return cli
+
+
+def _ended(done: Run, steps: int) -> str:
+    """Return the line that says how a run ended and where things are."""
+    if done.finished and done.loss is None:
+        return f"{done.folder}: already finished, at step {done.step}; raise steps={steps} to go on"
+    saved = f"saved in {done.folder / 'checkpoints'}"
+    if not done.finished:
+        return f"{done.folder}: stopped at step {done.step} of {steps}, {saved}; continue with --resume"
+    curve = done.folder / "loss.png"
+    return f"{done.folder}: finished at step {done.step}, {saved}" + (f", curve in {curve}" if curve.exists() else "")
 
 
 def _command_name(function: Callable[..., None]) -> str:

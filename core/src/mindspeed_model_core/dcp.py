@@ -125,6 +125,8 @@ def read_metadata(path: Path) -> Metadata:
     try:
         with (path / ".metadata").open("rb") as file:
             found = _Unpickler(file).load()
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path / '.metadata'}: is truncated or damaged: {' '.join(str(error).split())}") from None
     except Exception as error:
         raise UserError(f"{path / '.metadata'}: cannot be read: {reason(error)}") from None
     if not isinstance(found, Metadata):
@@ -145,11 +147,26 @@ def save(state: dict[str, Rectangles], folder: Path, group: Any) -> None:
 
 def load(state: dict[str, Rectangles], folder: Path, group: Any) -> None:
     """Fill the rectangles in place from a checkpoint written under any layout."""
-    reader = _Reader(folder, read_metadata(folder))
+    metadata = read_metadata(folder)
+    _check_files(folder, metadata)
+    reader = _Reader(folder, metadata)
     try:
         dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:
         raise UserError(f"{folder}: cannot be loaded: {reason(error)}") from None
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    """Raise UserError unless every data file is there and as long as the metadata says."""
+    ends: dict[str, int] = {}
+    for part in (metadata.storage_data or {}).values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in ends.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing; the checkpoint is not whole")
+        if file.stat().st_size < end:
+            raise UserError(f"{file}: is truncated: {file.stat().st_size} of {end} bytes")
 
 
 def load_whole(name: str, folder: Path, metadata: Metadata) -> Tensor:
@@ -177,7 +194,8 @@ def reason(error: BaseException) -> str:
                 return str(item)
             if isinstance(item, OSError) and item.strerror:
                 return item.strerror
-            if "PytorchStreamWriter" in str(item) or "No space left" in str(item):
+            # A writer that ran out of space says which of its own checks noticed, or that its file is too short.
+            if any(sign in str(item) for sign in ("PytorchStreamWriter", "inline_container", "No space left")):
                 return "No space left on device"
             item = item.__cause__ or item.__context__
     first = seen[0]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +34,26 @@ from .trunk import Batch
 Watch = Callable[[StepRecord], None]
 
 
+_PATIENCE = 10.0
+"""Seconds in which the processes of a killed run may let go of its folder."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """How a training run ended: its last step and loss, and whether it did all its steps."""
+    """How a training run ended: its last step and loss, whether it did all its steps, and the signal that ended it.
+
+    ``loss`` is None when no step was left to do.
+    """
 
     step: int
     loss: float | None
     folder: Path
     finished: bool
+    signal: int | None = None
+
+
+class DataError(UserError):
+    """A mistake in the data, met while training; every rank raises it before the step it was meant for."""
 
 
 @dataclass
@@ -69,8 +84,9 @@ class Session:
         self.loader = open_data(mesh.dp_rank, mesh.dp)
         self.parallel = prepare(recipe, model, mesh)
         self.optimizer = AdamW(self.parallel, recipe.optim)
-        self.stop_asked = False
+        self.signal: int | None = None
         self._batches: Iterator[list[Batch]] | None = None
+        self._position: dict[str, Any] | None = None
 
     def start(self) -> None:
         """Give the network its first weights: from ``init_from``, or random."""
@@ -96,12 +112,10 @@ class Session:
     def step(self) -> _Totals:
         """Do one optimizer step; return its loss sum, count, work and gradient norm without waiting for the device."""
         recipe, mesh, task = self.recipe, self.mesh, self.task
-        if self._batches is None:
-            self._batches = iter(self.loader)
+        torch.manual_seed(_stream(recipe.seed, self.number + 1, mesh.dp_rank))
+        batches, terms = self._draw()
         self.number += 1
-        torch.manual_seed(_stream(recipe.seed, self.number, mesh.dp_rank))
-        batches = next(self._batches)
-        count = self._global(sum(task.count(batch) for batch in batches))
+        count = torch.full((), float(terms), device=mesh.device)
         work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
         batches = [task.encode(_to(batch, mesh.device)) for batch in batches]
         loss = pipeline.run(self.parallel, batches, task.loss, count)
@@ -110,11 +124,30 @@ class Session:
         self.parallel.gradients.clear()
         return self._totals(loss, count, norm, work)
 
-    def _global(self, count: int) -> Tensor:
-        total = torch.tensor(float(max(count, 0)), device=self.mesh.device)
-        if self.mesh.dp > 1:
-            dist.all_reduce(total, group=self.mesh.groups["dp"])
-        return total.clamp_(min=1)
+    def _draw(self) -> tuple[list[Batch], int]:
+        """Return the next step's micro-batches and how many loss terms all data ranks have; 1 where there are none."""
+        mesh, before = self.mesh, self.loader.state_dict()
+        batches: list[Batch] = []
+        mistake = None
+        try:
+            if self._batches is None:
+                self._batches = iter(self.loader)
+            batches = next(self._batches)
+        except UserError as error:
+            mistake = str(error)
+        count = sum(self.task.count(batch) for batch in batches)
+        if mesh.groups:
+            # On the host, so that the device's queue never empties for it; tp and pp ranks repeat their data rank's.
+            mine = count if mesh.tp_rank == mesh.pp_rank == 0 else 0
+            sums = torch.tensor([mine, int(mistake is not None)])
+            dist.all_reduce(sums, group=mesh.host_group)
+            count = int(sums[0])
+            if sums[1]:
+                mistake = next(said for said in mesh.gather(mistake) if said is not None)
+        if mistake is not None:
+            self._position = before
+            raise DataError(mistake)
+        return batches, max(count, 1)
 
     def _totals(self, loss: Tensor, count: Tensor, norm: Tensor, work: Work) -> _Totals:
         """Add up over processes what each saw of the step; count, norm and the wish to stop are spread alike."""
@@ -122,7 +155,7 @@ class Session:
         speaks = mesh.is_last_stage and mesh.tp_rank == 0
         dtype = torch.float64 if mesh.device.type == "cpu" else torch.float32
         mine = [work.samples, work.units, work.flops] if speaks else [0.0, 0.0, 0.0]
-        host = torch.tensor([*mine, float(self.stop_asked)], dtype=dtype).to(mesh.device, non_blocking=True)
+        host = torch.tensor([*mine, float(self.signal is not None)], dtype=dtype).to(mesh.device, non_blocking=True)
         vector = torch.cat(((loss if speaks else torch.zeros_like(loss)).to(dtype)[None], host))
         if mesh.groups:
             dist.all_reduce(vector)
@@ -138,7 +171,7 @@ class Session:
     def info(self) -> dict[str, Any]:
         """Return what a checkpoint says of itself beside the tensors; the same on every rank."""
         position: dict[str, Any] = {}
-        for part in self.mesh.gather(self.loader.state_dict()):
+        for part in self.mesh.gather(self._position or self.loader.state_dict()):
             position = _merge(position, part)
         return {
             "model": self.model.name,
@@ -157,10 +190,11 @@ def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
 
 
 def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = False, watch: Sequence[Watch] = ()) -> Run:
-    """Train to the recipe's last step, or until SIGTERM; everything is written below ``run_dir``.
+    """Train to the recipe's last step, or until SIGTERM or SIGINT; everything is written below ``run_dir``.
 
     ``watch`` functions see each step's record on rank 0 and cannot change the run. Raises UserError for a run folder
-    in use (unless ``resume``), a checkpoint of another model, and whatever is wrong with recipe, data or weights.
+    in use (unless ``resume``), a checkpoint of another model, and whatever is wrong with recipe, data or weights;
+    nothing is written or changed before the first step is done. A mistake in the data met later saves before it ends.
     """
     mesh = open_mesh(recipe.parallel)
     done = _run(recipe, model, mesh, Path(run_dir), resume, watch)
@@ -170,16 +204,21 @@ def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = Fal
 
 
 def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, watch: Sequence[Watch]) -> Run:
-    start = starting_point(folder, resume, recipe, model)
-    session = Session(recipe, model, mesh)
-    if start is None:
-        session.start()
-    else:
-        session.resume(start)
-    mesh.barrier()
-    if mesh.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    with _claim(folder) if mesh.rank == 0 else contextlib.nullcontext():
+        start = starting_point(folder, resume, recipe, model)
+        if start is not None and checkpoint.step_of(start) >= recipe.steps:
+            return Run(checkpoint.step_of(start), None, folder, finished=True)
+        session = Session(recipe, model, mesh)
+        if start is None:
+            session.start()
+        else:
+            session.resume(start)
+        mesh.barrier()
+        return _train(session, folder, resume, watch)
+
+
+def _train(session: Session, folder: Path, resume: bool, watch: Sequence[Watch]) -> Run:
+    recipe, mesh = session.recipe, session.mesh
     saver = checkpoint.Checkpointer(
         folder / "checkpoints", mesh, keep=recipe.checkpoint.keep, background=recipe.checkpoint.background
     )
@@ -194,26 +233,77 @@ def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, w
     )
     report = _Report(session, recorder, list(watch))
     late = mesh.device.type != "cpu"
-    saved = session.number
+    begun = saved = session.number
     stop = False
+
+    def save(*, wait: bool = False) -> int:
+        saver.save(session.number, session.parallel.shards, session.optimizer, session.info(), wait=wait)
+        return session.number
+
     with (
         saver,
-        _on_sigterm(session),
+        _on_signals(session),
         recorder,
         Profiler(recipe.profile, folder, mesh.rank, mesh.device) as profiler,
     ):
         while session.number < recipe.steps and not stop:
-            with profiler.step(session.number + 1):
-                totals = session.step()
+            try:
+                with profiler.step(session.number + 1):
+                    totals = session.step()
+            except DataError as error:
+                report.flush()
+                if session.number == begun:
+                    raise
+                if saved != session.number:
+                    save(wait=True)
+                saver.wait()
+                raise UserError(
+                    f"{error}; step {session.number} is saved: mend it and continue with --resume"
+                ) from None
+            if session.number == begun + 1 and mesh.rank == 0:
+                checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
             stop = report.take(session.number, totals, late=late)
+            saver.check()
             if recipe.checkpoint.every and session.number % recipe.checkpoint.every == 0:
-                saver.save(session.number, session.parallel.shards, session.optimizer, session.info())
-                saved = session.number
+                saved = save()
         report.flush()
         if saved != session.number:
-            saver.save(session.number, session.parallel.shards, session.optimizer, session.info(), wait=True)
+            save(wait=True)
         saver.wait()
-    return Run(session.number, report.loss, folder, session.number >= recipe.steps)
+    finished = session.number >= recipe.steps
+    return Run(session.number, report.loss, folder, finished, None if finished else session.signal)
+
+
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Hold a run's folder alone, and leave none behind into which nothing was written."""
+    _check_folder(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _lock(handle: int, folder: Path) -> None:
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"{folder}: another process is training into it; wait for it, or name another folder with --run-dir"
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
 
 
 @dataclass
@@ -262,31 +352,45 @@ class _Report:
 
 
 def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> Path | None:
-    """Return the checkpoint a run would resume from, or None to start afresh.
+    """Return the checkpoint a run would resume from, or None to start afresh; nothing is loaded or written.
 
-    UserError for a folder in use (unless ``resume``), or a checkpoint of another network or batch.
+    UserError for a folder in use (unless ``resume``), a checkpoint of another network, seed, precision or batch, and
+    an ``init_from`` that is not this network's.
     """
-    if not resume:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: already holds a run; continue it with --resume, or name another with --run-dir")
-        return None
+    _check_folder(folder)
     found = checkpoint.steps(folder / "checkpoints")
-    if not found:
+    if not resume and folder.exists() and any(folder.iterdir()):
+        if found or (folder / "recipe.yaml").exists():
+            raise UserError(
+                f"{folder}: already holds a run; continue it with --resume, or name another folder with --run-dir"
+            )
+        raise UserError(f"{folder}: is not empty and holds no run; name a new folder with --run-dir")
+    if not resume or not found:
+        if recipe.init_from is not None:
+            weights.check_source(recipe.init_from, model, model.config(recipe))
         return None
-    info = checkpoint.read_info(found[-1])
-    config = model.config(recipe).model_dump(mode="json")
+    last = found[-1]
+    info = checkpoint.read_info(last)
     if info["model"] != model.name:
-        raise UserError(f"{found[-1]}: is a checkpoint of model {info['model']!r}, the recipe trains {model.name!r}")
-    for key, value in config.items():
+        raise UserError(f"{last}: is a checkpoint of model {info['model']!r}, the recipe trains {model.name!r}")
+    for key, value in model.config(recipe).model_dump(mode="json").items():
         saved = info["config"].get(key)
         if saved != value:
-            raise UserError(f"{found[-1]}: config.{key} is {saved!r} in the checkpoint and {value!r} in the recipe")
-    if info["recipe"]["global_batch"] != recipe.global_batch:
-        raise UserError(
-            f"global_batch={recipe.global_batch}: the run was saved with {info['recipe']['global_batch']}; "
-            "its data position holds only for that"
-        )
-    return found[-1]
+            raise UserError(f"{last}: config.{key} is {saved!r} in the checkpoint and {value!r} in the recipe")
+    for key in ("seed", "precision", "global_batch"):
+        saved, now = info["recipe"][key], getattr(recipe, key)
+        if saved != now:
+            raise UserError(
+                f"{key}={now}: the run was saved with {saved}; resume with that, or begin another run from its weights "
+                f"with init_from={last}"
+            )
+    return last
+
+
+def _check_folder(folder: Path) -> None:
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise UserError(f"--run-dir={folder}: {part} is a file; name a folder")
 
 
 def _check_batch(recipe: Recipe, mesh: Mesh) -> None:
@@ -299,25 +403,28 @@ def _check_batch(recipe: Recipe, mesh: Mesh) -> None:
         )
 
 
-class _on_sigterm:
-    """Ask the session to save and stop on SIGTERM, inside a block."""
+class _on_signals:
+    """Ask the session to save and stop on SIGTERM and SIGINT, inside a block; a second SIGINT ends at once."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.before: Any = None
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        try:
-            self.before = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # not in the main thread: the caller's handler stays
-            self.before = None
+        with contextlib.suppress(ValueError):  # not in the main thread: the caller's handlers stay
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._ask)
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.session.stop_asked = True
+        if number == self.session.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.session.mesh.rank == 0:
+            os.write(2, b"\nsaving after this step; interrupt again to end without\n")
+        self.session.signal = number
 
 
 def _stream(seed: int, step: int, rank: int) -> int:

@@ -182,6 +182,14 @@ def check(opened: Opened, bounds: Mapping[str, Bound]) -> None:
 # ------------------------------------------------------------------------------------------------ load
 
 
+def check_source(source: str | Path, model: Model, config: Any) -> Opened:
+    """Open a folder of weights, reading none; UserError names the first field in which its network is another."""
+    opened = open_source(source, model)
+    loose = (*opened.layout.loose, *opened.layout.silent) if opened.layout else ()
+    _agree(opened.path, opened.config, config, "this network", model, loose)
+    return opened
+
+
 def load(
     net: nn.Module,
     source: str | Path,
@@ -198,9 +206,7 @@ def load(
     that a master of more precision than its parameter loses nothing. UserError names the file and key, or the field
     in which folder and network disagree.
     """
-    opened = open_source(source, model)
-    loose = (*opened.layout.loose, *opened.layout.silent) if opened.layout else ()
-    _agree(opened.path, opened.config, net.config, "this network", model, loose)
+    opened = check_source(source, model, net.config)
     shapes, where = whole(model.build, net.config)
     bounds = opened.table.bind(shapes)
     check(opened, bounds)

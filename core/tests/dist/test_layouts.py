@@ -157,3 +157,25 @@ def test_each_zero_stage_communicates_as_it_should():
     assert counts == {
         s: {"foreach_all_gather": gathers[s], "foreach_reduce in torch.float32": reduces[s]} for s in counts
     }
+
+
+def _written(fields):
+    parallel = ParallelConfig(**fields)
+    made = apply.parallelize(toy.Toy(toy.ToyConfig()).to("meta"), open_mesh(parallel), parallel)
+    return {
+        (name, at, tuple(made.shards[name].master[here].shape))
+        for name, shard in made.shards.items()
+        if shard.writes
+        for at, here in shard.rectangles()
+    }
+
+
+@pytest.mark.parametrize("fields", [{}, {"tp": 2, "shard": "zero1"}, {"tp": 2}, {"pp": 2}])
+def test_each_element_is_written_once_and_by_all_in_turn(fields):
+    shares = run_dist(_written, 4, fields)
+    whole = {n: p.numel() for n, p in toy.Toy(toy.ToyConfig()).named_parameters()}
+    written = dict.fromkeys(whole, 0)
+    for name, _, size in (item for share in shares for item in share):
+        written[name] += torch.Size(size).numel()
+    assert written == whole
+    assert all(shares) and not set.intersection(*shares)

@@ -127,10 +127,21 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
     run = tmp_path / "run"
     train.run(toy.recipe(steps=2), toy.TOY, run)
     part = next((run / "checkpoints" / "step-00000002").glob("*.distcp"))
-    part.write_bytes(part.read_bytes()[:100])
+    good = part.read_bytes()
+    part.write_bytes(good[:100])
+    with pytest.raises(UserError, match=f"{part}: is truncated: 100 of "):
+        train.run(toy.recipe(), toy.TOY, run, resume=True)
+    part.write_bytes(b"?" * len(good))
     with pytest.raises(UserError, match="step-00000002: cannot be loaded") as caught:
         train.run(toy.recipe(), toy.TOY, run, resume=True)
     assert "\n" not in str(caught.value)
+    part.unlink()
+    with pytest.raises(UserError, match=f"{part}: missing"):
+        train.run(toy.recipe(), toy.TOY, run, resume=True)
+    metadata = part.with_name(".metadata")
+    metadata.write_bytes(metadata.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"step-00000002/\.metadata: is truncated or damaged"):
+        train.run(toy.recipe(), toy.TOY, run, resume=True)
 
 
 def test_another_size_of_network_is_refused(tmp_path):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-from mindspeed_model_core import cli, launch
+from mindspeed_model_core import cli, launch, train
 from mindspeed_model_core.testing import toy
 from typer.testing import CliRunner
 
@@ -138,7 +140,10 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_train_runs_to_the_default_folder_and_resumes(tmp_path: Path) -> None:
     app = cli.app(TRAINS)
     trackers = "metrics.trackers=[]"
-    call("train", "base", "steps=2", trackers, app=app)
+    said = call("train", "base", "steps=2", trackers, app=app).stdout
+    assert "runs/toy-base: finished at step 2, saved in runs/toy-base/checkpoints, curve in runs/toy-base/loss" in said
+    said = call("train", "base", "steps=2", trackers, "--resume", app=app).stdout
+    assert "runs/toy-base: already finished, at step 2; raise steps=2 to go on" in said
     run = tmp_path / "runs" / "toy-base"
     assert (run / "metrics.jsonl").read_text().count("\n") == 2
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
@@ -149,6 +154,21 @@ def test_train_runs_to_the_default_folder_and_resumes(tmp_path: Path) -> None:
     assert (run / "metrics.jsonl").read_text().count("\n") == 3
     call("train", "base", "steps=1", trackers, "--run-dir", "other", app=app)
     assert (tmp_path / "other" / "recipe.yaml").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch) -> None:
+    ended = train.Run(step=3, loss=1.0, folder=Path("runs/toy-base"), finished=False, signal=signal.SIGINT)
+    monkeypatch.setattr(train, "run", lambda *_, **__: ended)
+    said = call("train", "base", "steps=9", app=cli.app(TRAINS), status=130).stdout
+    assert said == "runs/toy-base: stopped at step 3 of 9, saved in runs/toy-base/checkpoints; continue with --resume\n"
+
+
+def test_no_memory_on_the_host_is_one_line(monkeypatch) -> None:
+    def run(*_, **__):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(train, "run", run)
+    assert "not enough memory on the host" in refused("train", "base", app=cli.app(TRAINS))
 
 
 def test_resume_without_a_checkpoint_begins_and_says_so(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_rectangles_cover_the_whole_exactly_once(tp, dp, placement):
             start = min(dp_rank * per, len(share))
             rows = (start, min(per, len(share) - start))
             local = share.narrow(0, *rows)
-            shard = Shard("w", nn.Parameter(local), placement, whole.shape, tp_rank, tp, rows, True, True, local)
+            shard = Shard("w", nn.Parameter(local), placement, whole.shape, tp_rank, tp, rows, True, True, True, local)
             for at, here in shard.rectangles():
                 where = tuple(slice(a, a + n) for a, n in zip(at, local[here].shape, strict=True))
                 assert torch.equal(whole[where], local[here])

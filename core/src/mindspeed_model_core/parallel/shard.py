@@ -23,7 +23,8 @@ class Shard:
 
     ``shape`` is the whole parameter's; tensor parallelism cuts it by ``placement``; data parallelism (FSDP2) then
     takes ``rows`` of dim 0 of that. ``master`` is what the optimizer updates: the local tensor itself, or its fp32
-    copy where the parameter computes in bf16.
+    copy where the parameter computes in bf16. Of the processes that hold the same, one has it ``counted`` in sums
+    over all, and one ``writes`` it into checkpoints: another one from parameter to parameter.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Shard:
     rows: tuple[int, int]
     sharded: bool
     counted: bool
+    writes: bool
     master: Tensor
     buffer: Tensor | None = None
 
@@ -100,7 +102,7 @@ def collect(
     """Return every parameter's Shard by name; ``shapes`` are the whole shapes before anything was cut."""
     parameters = dict(net.named_parameters())
     out = {}
-    for name, placement in placements(net):
+    for number, (name, placement) in enumerate(placements(net)):
         parameter = parameters[name]
         sharded = hasattr(parameter, "to_local")
         local = _local(parameter.detach())
@@ -109,10 +111,13 @@ def collect(
             per = -(-parameter.shape[0] // mesh.dp)
             rows = (min(mesh.dp_rank * per, parameter.shape[0]), local.shape[0])
         counted = (placement.dim is not None or mesh.tp_rank == 0) and (sharded or mesh.dp_rank == 0)
+        alike_tp, alike_dp = mesh.tp if placement.dim is None else 1, 1 if sharded else mesh.dp
+        index = mesh.dp_rank % alike_dp * alike_tp + mesh.tp_rank % alike_tp
+        writes = number % (alike_tp * alike_dp) == index
         same = local.dtype == master_dtype
         master = local if same else torch.empty_like(local, dtype=master_dtype)
         out[name] = Shard(
-            name, parameter, placement, shapes[name], mesh.tp_rank, mesh.tp, rows, sharded, counted, master
+            name, parameter, placement, shapes[name], mesh.tp_rank, mesh.tp, rows, sharded, counted, writes, master
         )  # fmt: skip
     return out
 

@@ -53,6 +53,11 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
             parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise[0].numel() ** -0.5)
 
 
+needs_accelerator = pytest.mark.skipif(
+    not torch.accelerator.is_available(), reason="needs an accelerator; none is here"
+)
+
+
 class ModelSuite(ABC):
     """Subclass it as ``TestSuite`` and give the attributes and the four methods below."""
 
@@ -211,7 +216,7 @@ class ModelSuite(ABC):
     def test_a_run_folder_in_use_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "precious").touch()
-        with pytest.raises(UserError, match="--resume"):
+        with pytest.raises(UserError, match="--run-dir"):
             train.run(self.recipe(tmp_path, steps=1), self.model, tmp_path / "run")
         assert (tmp_path / "run" / "precious").exists()
 
@@ -315,6 +320,7 @@ class ModelSuite(ABC):
     # ---------------------------------------------------------------- device
 
     @pytest.mark.device
+    @needs_accelerator
     def test_trains_on_the_accelerator(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The losses are the CPU's, and a resumed run's are those of one not interrupted, bit for bit."""
         start = tmp_path / "start"
@@ -356,6 +362,7 @@ class ModelSuite(ABC):
         return [record["loss"] for record in metrics.read(run)]
 
     @pytest.mark.device
+    @needs_accelerator
     def test_records_a_profile_on_the_accelerator(self, tmp_path: Path) -> None:
         """A window of steps leaves a trace and a memory snapshot, in mixed precision with recomputation."""
         profile = {"start": 2, "stop": 3, "memory": True}

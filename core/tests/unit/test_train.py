@@ -1,0 +1,173 @@
+"""A run loses nothing, takes nothing that is not its own, and says how it ended."""
+
+import fcntl
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from mindspeed_model_core import checkpoint, metrics, train
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.testing import toy
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def losses_of(folder):
+    return [record["loss"] for record in metrics.read(folder)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 5}, "seed=5: the run was saved with 0"),
+        ({"precision": "bf16"}, "precision=bf16"),
+        ({"steps": 1}, None),
+    ],
+)
+def test_a_resume_that_does_nothing_changes_nothing(tmp_path, change, said):
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=2), toy.TOY, run)
+    before = contents(run)
+    if said is None:
+        done = train.run(toy.recipe(**change), toy.TOY, run, resume=True)
+        assert done.finished and done.step == 2 and done.loss is None
+    else:
+        with pytest.raises(UserError, match=said):
+            train.run(toy.recipe(**{"steps": 4, **change}), toy.TOY, run, resume=True)
+    assert contents(run) == before
+
+
+def test_data_that_refuses_its_position_leaves_the_run_alone(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=2), toy.TOY, run)
+    before = contents(run)
+
+    def refuse(self, state):
+        raise UserError("other data")
+
+    monkeypatch.setattr(toy.ToyLoader, "load_state_dict", refuse)
+    with pytest.raises(UserError, match="other data"):
+        train.run(toy.recipe(steps=4), toy.TOY, run, resume=True)
+    assert contents(run) == before
+
+
+def failing_at(step):
+    """Return an iterator for the toy's loader that meets a broken line before ``step``."""
+    whole = toy.ToyLoader.__iter__
+
+    def broken(self):
+        for batches in whole(self):
+            if self.at == step:
+                raise UserError("corpus.jsonl:7: not JSON")
+            yield batches
+
+    return broken
+
+
+def test_a_mistake_in_the_first_batch_leaves_no_folder(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.ToyLoader, "__iter__", failing_at(1))
+        with pytest.raises(UserError, match=r"corpus.jsonl:7: not JSON$"):
+            train.run(toy.recipe(steps=2), toy.TOY, run)
+    assert not run.exists()
+    assert train.run(toy.recipe(steps=2), toy.TOY, run).finished
+
+
+def test_a_mistake_in_a_later_batch_saves_what_was_done(tmp_path, monkeypatch):
+    train.run(toy.recipe(), toy.TOY, tmp_path / "whole")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.ToyLoader, "__iter__", failing_at(4))
+        with pytest.raises(UserError, match="corpus.jsonl:7: not JSON; step 3 is saved: .* --resume"):
+            train.run(toy.recipe(), toy.TOY, run)
+    assert [p.name for p in checkpoint.steps(run / "checkpoints")] == ["step-00000003"]
+    train.run(toy.recipe(), toy.TOY, run, resume=True)
+    assert losses_of(run) == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_file_is_no_run_folder(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / "file" / "run" if below else tmp_path / "file"
+    with pytest.raises(UserError, match=f"--run-dir={folder}: {tmp_path / 'file'} is a file"):
+        train.run(toy.recipe(), toy.TOY, folder)
+
+
+def test_other_files_are_not_called_a_run(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        train.run(toy.recipe(), toy.TOY, tmp_path)
+
+
+def test_one_folder_takes_one_run_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    monkeypatch.setattr(train, "_PATIENCE", 0.1)
+    with pytest.raises(UserError, match="another process is training into it"):
+        train.run(toy.recipe(), toy.TOY, tmp_path / "run")
+    os.close(handle)
+    assert train.run(toy.recipe(steps=1), toy.TOY, tmp_path / "run").finished
+
+
+def test_interrupt_saves_and_a_second_one_ends(tmp_path, capfd):
+    def interrupt(times):
+        def watch(record):
+            if record.step == 2:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        return watch
+
+    done = train.run(toy.recipe(), toy.TOY, tmp_path / "run", watch=[interrupt(1)])
+    assert (done.step, done.finished, done.signal) == (3, False, signal.SIGINT)
+    assert [p.name for p in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert "saving after this step" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        train.run(toy.recipe(), toy.TOY, tmp_path / "second", watch=[interrupt(2)])
+    assert not checkpoint.steps(tmp_path / "second" / "checkpoints")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_failed_save_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    failed = threading.Event()
+
+    def full(self, *_):
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_write", full)
+    seen = []
+
+    def watch(record):
+        seen.append(record.step)
+        if record.step > 2:
+            failed.wait(10)
+            time.sleep(0.05)
+
+    with pytest.raises(UserError, match="No space left on device; there is none yet"):
+        train.run(toy.recipe(steps=50, checkpoint={"every": 2}), toy.TOY, tmp_path / "run", watch=[watch])
+    assert seen[-1] in (2, 3)
+
+
+def test_random_state_belongs_to_the_step(tmp_path, monkeypatch):
+    seeds: dict[str, list[int]] = {"whole": [], "cut": []}
+    encode = toy.ToyTask.encode
+
+    def note(name):
+        monkeypatch.setattr(
+            toy.ToyTask, "encode", lambda self, b: seeds[name].append(torch.initial_seed()) or encode(self, b)
+        )
+
+    note("whole")
+    train.run(toy.recipe(steps=4), toy.TOY, tmp_path / "whole")
+    note("cut")
+    train.run(toy.recipe(steps=2), toy.TOY, tmp_path / "cut")
+    train.run(toy.recipe(steps=4), toy.TOY, tmp_path / "cut", resume=True)
+    assert seeds["cut"] == seeds["whole"] and len(set(seeds["whole"])) == 4
