@@ -60,4 +60,7 @@ def find(name: str) -> Model:
     for entry in entry_points(group="mindspeed_model"):
         if entry.name == name:
             return entry.load()
-    raise UserError(f"model {name!r}: not installed{nearest(name, installed())}; pip install mindspeed-model-{name}")
+    hint = nearest(name, installed())
+    raise UserError(
+        f"model {name!r}: not installed{hint}" + ("" if "did you" in hint else f"; pip install mindspeed-model-{name}")
+    )

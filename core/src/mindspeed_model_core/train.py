@@ -367,7 +367,7 @@ def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> 
         raise UserError(f"{folder}: is not empty and holds no run; name a new folder with --run-dir")
     if not resume or not found:
         if recipe.init_from is not None:
-            weights.check_source(recipe.init_from, model, model.config(recipe))
+            weights.check_source(weights.check_folder(recipe.init_from, "init_from="), model, model.config(recipe))
         return None
     last = found[-1]
     info = checkpoint.read_info(last)

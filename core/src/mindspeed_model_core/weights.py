@@ -53,6 +53,18 @@ def find_layout(model: Model, name: str) -> Layout:
     raise UserError(f"layout={name!r}: {model.name} has no such layout{nearest(name, [x.name for x in model.layouts])}")
 
 
+def check_folder(source: str | Path, field: str = "") -> Path:
+    """Return the path of a folder of weights; UserError, naming ``field``, if it is none or a name on the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{field}{source}: not a folder")
+    on_hub = str(source).count("/") == 1 and not path.is_absolute() and not path.parent.exists()
+    hint = f"for example with: hf download {source} --local-dir {source}" if on_hub else "and named by its folder"
+    raise UserError(f"{field}{source}: no such folder; a model on the hub must be downloaded first, {hint}")
+
+
 def open_source(source: str | Path, model: Model, *, preset: str | None = None) -> Opened:
     """Detect what a folder is (a run's checkpoint or one of the model's layouts) and open it, reading no weights.
 
@@ -60,10 +72,7 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None) 
     """
     from .checkpoint import is_checkpoint, open_weights
 
-    path = Path(source)
-    if not path.is_dir():
-        what = "not a folder" if path.exists() else "no such folder; a model on the hub must be downloaded first"
-        raise UserError(f"{path}: {what}")
+    path = check_folder(source)
     wanted = model.preset(preset) if preset else None
     if is_checkpoint(path):
         run = _Run(path, open_weights(path))

@@ -31,6 +31,9 @@ class Letters:
         assert options == {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return [3 + byte for byte in text.encode()]
 
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(byte): 3 + byte for byte in range(256)}
+
 
 def texts(count: int = 21) -> list[str]:
     """Documents of 0 to 70 letters: shorter than a sequence of 16, exactly its length, and several times longer."""
@@ -277,22 +280,74 @@ def test_a_mistake_found_while_reading_is_one_line_and_comes_in_order(tmp_path: 
 def test_refusals(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.path: this field is required"):
         PackedText(TextData(), Letters(), global_batch=2, micro_batch=1, seed=0, rank=0, ranks=1)
-    with pytest.raises(UserError, match=r"21 documents are fewer than global_batch=24"):
-        PackedText(TextData(path=corpus), Letters(), global_batch=24, micro_batch=1, seed=0, rank=0, ranks=1)
+    with pytest.raises(
+        UserError, match=r"21 documents for global_batch=24.*; lower global_batch to 20 or less, or add"
+    ):
+        PackedText(TextData(path=corpus), Letters(), global_batch=24, micro_batch=2, seed=0, rank=0, ranks=2)
+    with pytest.raises(
+        UserError, match=r"21 documents for global_batch=24, each .* reads its own; add"
+    ):
+        PackedText(TextData(path=corpus), Letters(), global_batch=24, micro_batch=24, seed=0, rank=0, ranks=1)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": "cut off\n')
+    with pytest.raises(UserError, match=r"broken.jsonl:2: not a JSON object"):
+        PackedText(TextData(path=str(broken)), Letters(), global_batch=24, micro_batch=1, seed=0, rank=0, ranks=1)
     with pytest.raises(UserError, match=r"global_batch=8: must be a multiple of micro_batch=1 x 3 data ranks; try 9"):
         loader(corpus, ranks=3)
     other = loader(corpus).state_dict()
     del other["slots"]["7"]
     with pytest.raises(UserError, match=r"saved data position is of 7 slots; resume with global_batch=7"):
         loader(corpus).load_state_dict(other)
-    with pytest.raises(UserError, match=r"documents=21 now and 20 when the position was saved"):
-        loader(corpus).load_state_dict({**loader(corpus).state_dict(), "documents": 20})
     longer = loader(corpus).state_dict()
     longer["slots"]["0"] = [0, 0, 9999]
     ours = loader(corpus)
     ours.load_state_dict(longer)
     with pytest.raises(UserError, match="token 9999 of a document"):
         next(iter(ours))
+
+
+class Shouting(Letters):
+    def get_vocab(self) -> dict[str, int]:
+        return {key.upper(): value for key, value in super().get_vocab().items()}
+
+
+def test_a_position_holds_for_the_same_data_and_tokenizer_only(corpus: str, tmp_path: Path) -> None:
+    state = loader(corpus).state_dict()
+    moved = tmp_path / "elsewhere" / "corpus.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(Path(corpus).read_bytes())
+    loader(str(moved)).load_state_dict(state)
+    loader(corpus).load_state_dict({"slots": state["slots"]})  # as saved by an earlier version
+
+    def refused(ours: PackedText, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            ours.load_state_dict(state)
+
+    moved.write_text(moved.read_text().replace("abc", "xyz"))
+    refused(loader(str(moved)), r"data.path \(content\): is .* when the run was saved; resume with")
+    moved.write_text(moved.read_text() + '{"text": "one more"}\n')
+    refused(loader(str(moved)), r"data.path \(documents\): is 22 now and was 21")
+    refused(loader(corpus, shuffle=False), r"data.shuffle: is False now and was True")
+    shouting = PackedText(
+        TextData(path=corpus, sequence_length=LENGTH),
+        Shouting(),
+        global_batch=BATCH,
+        micro_batch=1,
+        seed=5,
+        rank=0,
+        ranks=1,
+    )
+    refused(shouting, r"data.tokenizer \(content\): is ")
+    longer = PackedText(
+        TextData(path=corpus, sequence_length=2 * LENGTH),
+        Letters(),
+        global_batch=BATCH,
+        micro_batch=1,
+        seed=5,
+        rank=0,
+        ranks=1,
+    )
+    refused(longer, f"data.sequence_length: is {2 * LENGTH} now and was {LENGTH}")
 
 
 def test_loading_leaves_the_random_state_alone(corpus: str) -> None:

@@ -39,7 +39,7 @@ class SlotLoader:
 
     Slot ``s`` belongs to rank ``s // micro_batch % ranks``. ``collate`` makes a micro-batch of its samples.
     ``workers`` processes read ahead, each the slots it owns; 0 reads in this process. ``identity`` are facts about the
-    data that a saved position depends on.
+    data that a saved position depends on, by the name a user knows them under.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SlotLoader:
         rank: int,
         ranks: int,
         workers: int = 0,
-        identity: Mapping[str, int] | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.source, self.collate, self.global_batch, self.micro_batch = source, collate, global_batch, micro_batch
         self.slots = owned(global_batch, micro_batch, rank, ranks)
@@ -104,8 +104,8 @@ class SlotLoader:
         for key, value in self.identity.items():
             if state.get(key, value) != value:
                 raise UserError(
-                    f"data: {key}={value} now and {state[key]} when the position was saved; "
-                    "resume with the data the run began with"
+                    f"{key}: is {value} now and was {state[key]} when the run was saved; "
+                    "resume with what the run began with"
                 )
         self.positions = {slot: list(saved[str(slot)]) for slot in self.slots}
 
@@ -147,8 +147,9 @@ class _Steps(IterableDataset[Any]):
 
 def _settle(worker: int) -> None:
     # The tokenizer's threads do not survive a fork, and the workers already are the parallelism.
-    # A SIGTERM to the whole process group asks the run to save; its readers must live until it has.
+    # A SIGTERM or Ctrl-C to the whole process group asks the run to save; its readers must live until it has.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -15,7 +15,7 @@ from .documents import Documents, open_documents
 from .packing import Packed, Tokens
 from .shuffle import shuffled
 from .slots import Position, SlotLoader
-from .tokenizer import encode
+from .tokenizer import encode, fingerprint
 
 
 class TextData(Section):
@@ -52,9 +52,14 @@ class PackedText(SlotLoader):
             )
         documents = open_documents(data.path, data.text_key)
         if len(documents) < global_batch:
+            for number in range(len(documents)):
+                documents[number]  # a broken line may be why there are so few
+            share = micro_batch * ranks
+            fits = len(documents) // share * share
+            lower = f"lower global_batch to {fits} or less, or " if fits else ""
             raise UserError(
-                f"{data.path}: {len(documents)} documents are fewer than global_batch={global_batch}, "
-                f"each of whose samples reads its own; lower global_batch to {len(documents)} or less, or add documents"
+                f"{data.path}: {len(documents)} document{'s' * (len(documents) > 1)} for global_batch={global_batch}, "
+                f"each of whose samples reads its own; {lower}add documents"
             )
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {tokenizer.name_or_path}: has no end-of-text token (eos_token)")
@@ -66,7 +71,14 @@ class PackedText(SlotLoader):
             rank=rank,
             ranks=ranks,
             workers=data.workers,
-            identity={"documents": len(documents)},
+            identity={
+                "data.path (documents)": len(documents),
+                "data.path (content)": documents.fingerprint(),
+                "data.text_key": data.text_key,
+                "data.tokenizer (content)": fingerprint(tokenizer),
+                "data.sequence_length": data.sequence_length,
+                "data.shuffle": data.shuffle,
+            },
         )
         self.documents = documents
 

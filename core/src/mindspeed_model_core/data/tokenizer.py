@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,6 +65,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Return a text's tokens, without begin or end; text that spells a special token is text."""
     # Not verbose: packing cuts texts that are longer than the model's context, no warning is due.
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Return 12 hex digits that change with the vocabulary, the merges or the begin and end tokens."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    text = f"{tokenizer.bos_token_id}/{tokenizer.eos_token_id}/{rules}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, *, overwrite: bool = False) -> Any:

@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError, nearest
 
 KINDS = ("npu", "cuda", "cpu")
+VARIABLE = "MINDSPEED_MODEL_DEVICE"
 
 
 def pick(kind: str | None = None) -> torch.device:
@@ -19,12 +20,13 @@ def pick(kind: str | None = None) -> torch.device:
 
     ``MINDSPEED_MODEL_DEVICE`` names a kind for the whole process. Raises UserError for a kind that is not here.
     """
-    kind = kind or os.environ.get("MINDSPEED_MODEL_DEVICE")
+    field = "device" if kind else VARIABLE
+    kind = kind or os.environ.get(VARIABLE)
     present = [k for k in KINDS if _present(k)]
     if kind is None:
         kind = present[0]
     elif kind not in present:
-        raise UserError(f"device={kind!r}: not present on this machine{nearest(kind, present)}")
+        raise UserError(f"{field}={kind!r}: not present on this machine{nearest(kind, present)}")
     if kind == "cpu":
         return torch.device("cpu")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -68,17 +69,20 @@ def check(net: Trunk, parallel: ParallelConfig, world: int) -> None:
         fits = [n for n in range(1, blocks + 1) if blocks % n == 0]
         raise UserError(f"parallel.pp={parallel.pp}: does not divide the {blocks} blocks; valid: {_list(fits)}")
     shapes = {n: p.shape for n, p in net.named_parameters()}
-    for name, placement in placements(net):
-        if placement.dim is None:
-            continue
-        for part in placement.parts or (shapes[name][placement.dim],):
-            units = part // placement.unit
-            if units % parallel.tp:
-                fits = [n for n in range(1, units + 1) if units % n == 0]
-                what = "heads" if placement.unit > 1 else "features"
-                raise UserError(
-                    f"parallel.tp={parallel.tp}: does not divide the {units} {what} of {name}; valid: {_list(fits)}"
-                )
+    cuts = [
+        (part // placement.unit, "heads" if placement.unit > 1 else "features", name)
+        for name, placement in placements(net)
+        if placement.dim is not None
+        for part in placement.parts or (shapes[name][placement.dim],)
+    ]
+    wrong = [cut for cut in cuts if cut[0] % parallel.tp]
+    if wrong:
+        units, what, name = min(wrong, key=lambda cut: cut[1] != "heads")
+        common = math.gcd(*(units for units, _, _ in cuts))
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        raise UserError(
+            f"parallel.tp={parallel.tp}: does not divide the {units} {what} of {name}; valid: {_list(fits)}"
+        )
 
 
 def _list(values: list[int]) -> str:

@@ -23,6 +23,10 @@ def initialise(tp: int, pp: int, device: torch.device) -> None:
     facade.install(device)
     # It tells of accelerations that nothing here uses, and how to start its own trainer.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # It calls collectives by names that PyTorch is renaming.
+    warnings.filterwarnings(
+        "ignore", message=r".*(reduce_scatter|all_gather)\w*. is deprecated", category=FutureWarning
+    )
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)

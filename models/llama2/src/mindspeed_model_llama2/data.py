@@ -9,6 +9,7 @@ from mindspeed_model_core import checkpoint
 from mindspeed_model_core.data import TextData, load_tokenizer
 from mindspeed_model_core.data.tokenizer import has_tokenizer
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.weights import check_folder
 from pydantic import Field, PositiveInt
 
 from .config import Llama2Config
@@ -29,6 +30,7 @@ def open_tokenizer(data: Llama2Data, init_from: str | None, config: Llama2Config
     if source is None:
         if init_from is None:
             raise UserError("data.tokenizer: this field is required without init_from; give a folder with a tokenizer")
+        check_folder(init_from, "init_from=")
         source = find_tokenizer(init_from)
         if source is None:
             raise UserError(f"init_from={init_from}: no tokenizer there; set data.tokenizer to a folder with one")
