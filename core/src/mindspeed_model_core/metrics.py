@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -47,7 +48,8 @@ class Recorder:
     Every ``metrics.every`` steps (and at the first and the last) one JSON line goes to ``<run_dir>/metrics.jsonl``, to
     the trackers and to ``stream``: a progress bar on a terminal, plain lines elsewhere. Rates cover all steps since
     the line before. ``resume_step`` continues a run after that step: later records are dropped, so is a line that a
-    killed process left half written. Without it the folder must hold no records. Nothing here touches the device.
+    killed process left half written. Without it the folder must hold no records. Nothing is written or changed before
+    the first record, and nothing here touches the device.
     """
 
     def __init__(
@@ -73,15 +75,13 @@ class Recorder:
         self._peak = best.flops if best else None
         self._pending: list[StepRecord] = []
         self._first = True
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._trackers = _open_trackers(self.run_dir, recipe, resume_step)
-        path = self.run_dir / FILE
-        if resume_step is not None:
-            _rewind(path, resume_step)
-        elif path.exists() and path.stat().st_size:
-            raise UserError(f"{path}: a run is recorded here already; resume it, or choose another run folder")
-        # Unbuffered: one write per line, so that a killed process loses at most the line it was writing.
-        self._file = path.open("ab", buffering=0)
+        self._resume_step = resume_step
+        self._kinds = _tracker_kinds(recipe)
+        self._trackers: list[Any] = []
+        self._path = self.run_dir / FILE
+        self._file: FileIO | None = None
+        if resume_step is None and self._path.exists() and self._path.stat().st_size:
+            raise UserError(f"{self._path}: a run is recorded here already; resume it, or choose another run folder")
         stream = stream or sys.stdout
         self._view: _View = _Bar(stream, recipe) if _is_terminal(stream) else _Lines(stream, recipe)
 
@@ -109,21 +109,46 @@ class Recorder:
         if self._pending:
             self._flush()
         self._active = False
-        self._file.close()
         self._view.close()
+        if self._file is None:
+            return
+        self._file.close()
         for tracker in self._trackers:
             tracker.finish()
         if _has("matplotlib"):
             plot(self.run_dir)
 
     def _flush(self) -> None:
+        if self._file is None:
+            self._file = self._open()
         values = _values(self._pending, self._unit, self._devices, self._peak)
         self._pending, self._first = [], False
         line = json.dumps({k: _json(v) for k, v in values.items()}, separators=(", ", ": "), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
+        _append(self._file, self._path, line.encode() + b"\n")
         self._view.show(values)
         for tracker in self._trackers:
             tracker.log(_grouped(values), step=values["step"])
+
+    def _open(self) -> FileIO:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self._resume_step is not None:
+            _rewind(self._path, self._resume_step)
+        self._trackers = [_open_tracker(*kind, self.run_dir, self._recipe, self._resume_step) for kind in self._kinds]
+        # Unbuffered: one write per line, so that a killed process loses at most the line it was writing.
+        return FileIO(self._path, "ab")
+
+
+def _append(file: FileIO, path: Path, line: bytes) -> None:
+    """Write a line whole or not at all."""
+    start = file.seek(0, os.SEEK_END)
+    try:
+        done = file.write(line)
+        while done < len(line):
+            done += file.write(line[done:])
+    except OSError as error:
+        with suppress(OSError):
+            file.truncate(start)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _values(records: Sequence[StepRecord], unit: Unit, count: int, peak: float | None) -> dict[str, Any]:
@@ -141,6 +166,7 @@ def _values(records: Sequence[StepRecord], unit: Unit, count: int, peak: float |
         "samples": samples,
         "units": units,
         "seconds": round(seconds, 6),
+        "seconds_per_step": _figures(seconds / len(records)),
         "samples_per_s": _figures(samples / seconds),
         "units_per_s": _figures(units / seconds),
         "units_per_s_per_device": _figures(units / seconds / count),
@@ -208,14 +234,13 @@ def _rewind(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _open_trackers(run_dir: Path, recipe: Recipe, resume_step: int | None) -> list[Any]:
-    """Start accelerate's trackers of the names the recipe asks for."""
+def _tracker_kinds(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Return name and class of accelerate's trackers that the recipe asks for."""
     asked = recipe.metrics.trackers
     if asked == () or (asked is None and not (_has("accelerate") and _has("tensorboard"))):
         return []
     if not _has("accelerate"):
         raise UserError(f"metrics.trackers={list(asked or ())}: accelerate is not installed; pip install accelerate")
-    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
@@ -227,27 +252,30 @@ def _open_trackers(run_dir: Path, recipe: Recipe, resume_step: int | None) -> li
         if name not in shipped and known[name].__module__ == "accelerate.tracking":
             raise UserError(f"metrics.trackers={name!r}: its package is not installed; pip install {name}")
         kinds[name] = known[name]
+    return list(kinds.items())
+
+
+def _open_tracker(name: str, kind: Any, run_dir: Path, recipe: Recipe, resume_step: int | None) -> Any:
+    from accelerate import PartialState
+
     # The trackers log through accelerate's logger, which refuses to work without this state.
     PartialState()
-    opened = []
-    for name, kind in kinds.items():
-        arguments: dict[str, Any] = {}
-        if kind.requires_logging_directory:
-            folder = run_dir / name
-            folder.mkdir(exist_ok=True)
-            arguments["logging_dir"] = str(folder)
-        if name == "tensorboard" and resume_step is not None:
-            arguments["purge_step"] = resume_step + 1
-        tracker = kind(recipe.name, **arguments)
-        if hasattr(tracker, "start"):
-            tracker.start()
-        if name == "tensorboard":
-            # Its hyper-parameter view makes a second run of every run; as text the recipe stays with this one.
-            tracker.log({"recipe": "    " + recipe.to_yaml().replace("\n", "\n    ")}, step=resume_step or 0)
-        else:
-            tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
-        opened.append(tracker)
-    return opened
+    arguments: dict[str, Any] = {}
+    if kind.requires_logging_directory:
+        folder = run_dir / name
+        folder.mkdir(exist_ok=True)
+        arguments["logging_dir"] = str(folder)
+    if name == "tensorboard" and resume_step is not None:
+        arguments["purge_step"] = resume_step + 1
+    tracker = kind(recipe.name, **arguments)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    if name == "tensorboard":
+        # Its hyper-parameter view makes a second run of every run; as text the recipe stays with this one.
+        tracker.log({"recipe": "    " + recipe.to_yaml().replace("\n", "\n    ")}, step=resume_step or 0)
+    else:
+        tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+    return tracker
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -292,6 +320,17 @@ def _details(values: dict[str, Any]) -> list[str]:
     return out
 
 
+def _fitting(details: list[str], room: int) -> str:
+    """Join as many details as a terminal has room for: loss and speed before the others."""
+    for kept in range(len(details), 1, -1):
+        speed = next(i for i, text in enumerate(details) if text.endswith("/s"))
+        order = sorted(range(len(details)), key=lambda i: (i not in (0, speed), i))[:kept]
+        line = " · ".join(details[i] for i in sorted(order))
+        if len(line) <= room:
+            return line
+    return details[0]
+
+
 class _Lines:
     """One plain line per record."""
 
@@ -300,7 +339,7 @@ class _Lines:
 
     def show(self, values: dict[str, Any]) -> None:
         step = f"step {values['step']:>{len(str(self._steps))}}/{self._steps}"
-        took = f"{values['seconds']:.3g} s"
+        took = f"{values['seconds_per_step']:.3g} s/step"
         print("  ".join([step, *_details(values), took]), file=self._stream, flush=True)
 
     def close(self) -> None:
@@ -314,19 +353,23 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        console = Console(file=stream, force_terminal=True)
+        bar = 24 if console.width >= 120 else 10
+        # Beside the details stand the name, the bar, "step/steps", the time left and a space after each.
+        self._room = console.width - len(recipe.name) - bar - 2 * len(str(recipe.steps)) - len("/ 0:00:00") - 4
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=bar),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[details]}"),
-            console=Console(file=stream, force_terminal=True),
+            console=console,
         )
         self._recipe = recipe
         self._task: Any = None
 
     def show(self, values: dict[str, Any]) -> None:
-        details = " · ".join(_details(values))
+        details = _fitting(_details(values), self._room)
         if self._task is None:
             # Begun at the first step shown, so that the time left of a resumed run is right.
             self._task = self._progress.add_task(

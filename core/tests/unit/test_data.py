@@ -284,9 +284,7 @@ def test_refusals(corpus: str, tmp_path: Path) -> None:
         UserError, match=r"21 documents for global_batch=24.*; lower global_batch to 20 or less, or add"
     ):
         PackedText(TextData(path=corpus), Letters(), global_batch=24, micro_batch=2, seed=0, rank=0, ranks=2)
-    with pytest.raises(
-        UserError, match=r"21 documents for global_batch=24, each .* reads its own; add"
-    ):
+    with pytest.raises(UserError, match=r"21 documents for global_batch=24, each .* reads its own; add"):
         PackedText(TextData(path=corpus), Letters(), global_batch=24, micro_batch=24, seed=0, rank=0, ranks=1)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": "cut off\n')

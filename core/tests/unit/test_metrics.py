@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_plain_lines_have_no_control_characters(tmp_path):
     text = write(tmp_path, range(1, 4))
     assert all(c.isprintable() or c == "\n" for c in text) and text.isascii()
     assert text.splitlines()[1] == (
-        "step  2/10  loss 5.0000  grad 1.5  lr 1.00e-04  8.19k tokens/s  4 TFLOP/s per device  1.0 GiB  0.5 s"
+        "step  2/10  loss 5.0000  grad 1.5  lr 1.00e-04  8.19k tokens/s  4 TFLOP/s per device  1.0 GiB  0.5 s/step"
     )
 
 
@@ -222,3 +223,41 @@ def test_nothing_recorded_no_chart(tmp_path):
 def test_smoothing_keeps_the_ends():
     values = [float(i) for i in range(100)]
     assert metrics._smooth(values) == pytest.approx(values)
+
+
+def test_nothing_is_written_before_the_first_record(tmp_path):
+    recorder = Recorder(tmp_path / "run", recipe(), rank=0, stream=io.StringIO())
+    assert not (tmp_path / "run").exists()
+    recorder.step(record(1))
+    recorder.close()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_line(tmp_path, monkeypatch):
+    recorder = Recorder(tmp_path, recipe(), rank=0, stream=io.StringIO())
+    recorder.step(record(1))
+
+    class Full(metrics.FileIO):
+        def write(self, line):
+            if line.startswith(b"{"):
+                return super().write(line[:10])
+            raise OSError(28, "No space left on device")
+
+    recorder._file.close()
+    recorder._file = Full(tmp_path / "metrics.jsonl", "ab")
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        for step in range(2, 20):
+            recorder.step(record(step))
+    assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == len(read(tmp_path)) == 1
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+
+
+@pytest.mark.parametrize(("columns", "missing"), [("80", "GiB"), ("60", "grad")])
+def test_the_bar_fits_a_narrow_terminal(tmp_path, monkeypatch, columns, missing):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", columns)
+    stream = Terminal()
+    write(tmp_path, range(1, 4), stream=stream)
+    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).splitlines() if "loss" in line]
+    assert lines and all(len(line.rstrip()) <= int(columns) and "tokens/s" in line for line in lines)
+    assert not any(missing in line or "…" in line for line in lines)

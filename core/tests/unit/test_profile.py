@@ -44,16 +44,28 @@ def test_start_alone_is_one_step(tmp_path):
     assert [steps_in(t) for t in traces(tmp_path)] == [[2]]
 
 
-def test_touching_the_file_profiles_until_it_is_removed(tmp_path):
+def test_touching_the_file_profiles_a_few_steps_and_says_where(tmp_path, capsys):
     profiler = Profiler(ProfileConfig(), tmp_path, 0, CPU)
     run(profiler, range(1, 3))
     (tmp_path / "profile.on").touch()
-    run(profiler, range(3, 5))
-    assert traces(tmp_path) == []
-    (tmp_path / "profile.on").unlink()
-    run(profiler, range(5, 7))
-    (trace,) = traces(tmp_path)
-    assert steps_in(trace) == [3, 4]
+    run(profiler, range(3, 20))
+    assert [steps_in(t) for t in traces(tmp_path)] == [[3, 4, 5, 6, 7]]
+    assert capsys.readouterr().out == f"profile of steps 3 to 7 on rank 0 written to {tmp_path / 'profile'}\n"
+    assert not (tmp_path / "profile.on").exists()
+    (tmp_path / "profile.on").write_text("2\n")
+    run(profiler, range(20, 30))
+    assert sorted(steps_in(t) for t in traces(tmp_path)) == [[3, 4, 5, 6, 7], [20, 21]]
+
+
+def test_every_named_rank_sees_the_file_before_it_goes(tmp_path):
+    first, second = (Profiler(ProfileConfig(ranks=(0, 1)), tmp_path, rank, CPU) for rank in (0, 1))
+    (tmp_path / "profile.on").write_text("1")
+    run(first, range(1, 2))
+    run(second, range(1, 2))
+    run(second, range(2, 4))
+    run(first, range(2, 4))
+    assert sorted(steps_in(t) for t in traces(tmp_path)) == [[1], [1]]
+    assert not (tmp_path / "profile.on").exists()
 
 
 def test_off_is_the_same_empty_context_and_makes_no_profiler(tmp_path, monkeypatch):
