@@ -169,8 +169,7 @@ def record(measured: Measurement, where: Path, *, allow_dirty: bool = False, not
     for name in ("hardware", "digest", "stack", "date", "recipe"):
         if not getattr(measured, name).strip():
             raise UserError(f"record: {name} is not known; a number without it cannot be recorded")
-    if measured.steps < LEAST_STEPS:
-        raise UserError(f"record: {measured.steps} steps were timed; {LEAST_STEPS} or more are needed for a spread")
+    _check_steps(measured.steps)
     unit = _unit(measured, where)
     value = measured.value(unit)
     if value is None or not math.isfinite(value) or value <= 0:
@@ -205,14 +204,26 @@ def record(measured: Measurement, where: Path, *, allow_dirty: bool = False, not
     return row
 
 
+def _check_steps(steps: int) -> None:
+    if steps < LEAST_STEPS:
+        raise UserError(f"record: --steps={steps}: {LEAST_STEPS} or more timed steps are needed for a spread")
+
+
 def prepare(
-    model_package: str, reproduces: str | None, *, baselines: Path | str | None = None, record: bool, allow_dirty: bool
+    model_package: str,
+    reproduces: str | None,
+    *,
+    steps: int,
+    baselines: Path | str | None = None,
+    record: bool,
+    allow_dirty: bool,
 ) -> Path:
     """Return the baselines' folder, and raise now what would stop a comparison or a record after measuring."""
     where = folder(baselines)
     if reproduces:
         find(where, reproduces)
     if record:
+        _check_steps(steps)
         _check_commit(perf.commit(model_package), allow_dirty)
         if not os.access(where, os.W_OK):
             raise UserError(f"{where}: not writable; --record needs to add a row there")
@@ -406,25 +417,30 @@ def _grouped(where: Path, model: str) -> list[tuple[Published | None, list[Row]]
     return groups
 
 
-def table(where: Path, model: str) -> Table:
-    """Return a model's published speeds and, under each, what was measured here."""
-    out = Table(title=f"{model}: measured against published", title_justify="left", pad_edge=False, box=None)
-    for name in ("recipe", "hardware"):
-        out.add_column(name, overflow="fold")
-    for name in ("speed", "MFU", "step", "memory", "vs NPU"):
-        out.add_column(name, justify="right", no_wrap=True)
-    out.add_column("from", overflow="fold")
-    for told, rows in _grouped(where, model):
+def table(where: Path, model: str, width: int = 200) -> Table:
+    """Return a model's published speeds and, under each, what was measured here; below 120 columns the essential."""
+    groups = _grouped(where, model)
+    title = "measured against published" if any(rows for _, rows in groups) else "published, nothing measured yet"
+    out = Table(title=f"{model}: {title}", title_justify="left", pad_edge=False, box=None)
+    columns = ("recipe", "hardware", "speed", "vs NPU", "MFU", "step", "memory", "from")[: 4 if width < 120 else 8]
+    for name in columns:
+        text = name in ("recipe", "hardware", "from")
+        out.add_column(name, justify="left" if text else "right", no_wrap=not text)
+
+    def add(*cells: str) -> None:
+        out.add_row(*cells[: len(columns)])
+
+    for told, rows in groups:
         if told is not None:
             hardware = f"{told.devices} x {told.hardware}"
             source = f"[dim]{told.release}[/]"
-            out.add_row(f"[bold]{told.label}[/]", hardware, f"{_number(told.npu)} {told.unit}", "", "", "", "", source)
+            add(f"[bold]{told.label}[/]", hardware, f"{_number(told.npu)} {told.unit}", "", "", "", "", source)
             if told.reference is not None:
                 ratio = f"{told.reference / told.npu:.2f} x" if told.npu else ""
                 speed = f"{_number(told.reference)} {told.unit}"
-                out.add_row("", "published reference GPU", speed, "", "", "", ratio, source)
+                add("", "published reference GPU", speed, ratio, "", "", "", source)
         for row in rows:
-            out.add_row(*_cells(row, told))
+            add(*_cells(row, told))
     return out
 
 
@@ -438,10 +454,10 @@ def _cells(row: Row, told: Published | None) -> tuple[str, ...]:
         f"  [cyan]{row.recipe}[/]",
         f"[cyan]{row.devices} x {row.hardware}[/]",
         f"[cyan]{_number(row.value)} {row.unit}[/]",
+        ratio,
         f"{row.mfu:.1%}" if row.mfu is not None else "",
         f"{row.step_s:.3g} s",
         f"{row.peak_gib:.3g} GiB",
-        ratio,
         f"{row.date} {row.commit}",
     )
 

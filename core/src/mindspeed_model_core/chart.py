@@ -41,12 +41,12 @@ def style(axes: Axes, grid: str = "y") -> None:
 
 
 def write(made: Figure, path: Path) -> Path:
-    """Write the figure as PNG, in one move."""
+    """Write the figure in the format its suffix names, in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            made.savefig(file, format="png")
+            made.savefig(file, format=path.suffix[1:])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

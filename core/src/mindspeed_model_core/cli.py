@@ -327,7 +327,12 @@ def app(model: Model) -> typer.Typer:
         where = None
         if compare or record or baselines:
             where = baseline.prepare(
-                model.package, resolved.reproduces, baselines=baselines, record=record, allow_dirty=allow_dirty
+                model.package,
+                resolved.reproduces,
+                steps=steps,
+                baselines=baselines,
+                record=record,
+                allow_dirty=allow_dirty,
             )
         _spread(resolved, nproc)
         measured = perf.measure(resolved, model, steps=steps, warmup=warmup)
@@ -347,7 +352,7 @@ def app(model: Model) -> typer.Typer:
         )
     )
     def baselines(
-        chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw them as a PNG.")] = None,
+        chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw them: .png, .svg or .pdf.")] = None,
         folder: Annotated[
             Path | None,
             typer.Option(metavar="DIR", help=r"The folder of baselines.  \[default: perf_baselines, here or above]"),
@@ -356,7 +361,10 @@ def app(model: Model) -> typer.Typer:
         from . import baseline
 
         where = baseline.folder(folder)
-        Console().print(baseline.table(where, model.name))
+        if chart is not None and chart.suffix not in (".png", ".svg", ".pdf"):
+            raise UserError(f"--chart={chart}: charts are written as .png, .svg or .pdf")
+        console = Console()
+        console.print(baseline.table(where, model.name, console.width))
         if chart is not None:
             typer.echo(baseline.plot(where, model.name, chart))
 

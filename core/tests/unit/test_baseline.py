@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import multiprocessing
 import os
@@ -143,7 +144,7 @@ def test_a_measured_peak_gives_no_mfu(where):
         ({"digest": ""}, "digest is not known"),
         ({"hardware": " "}, "hardware is not known"),
         ({"stack": ""}, "stack is not known"),
-        ({"steps": 4}, "5 or more are needed"),
+        ({"steps": 4}, "--steps=4: 5 or more timed steps are needed"),
         ({"units_per_s": math.nan}, "not a positive number"),
         ({"reproduces": "llama2-7b"}, "no such id"),
     ],
@@ -303,13 +304,15 @@ def test_global_speeds_of_other_device_counts_give_no_ratio(where):
 
 
 def test_prepare_refuses_before_measuring(where, monkeypatch):
-    def prepare(record: bool = True, allow_dirty: bool = False) -> Path:
-        return baseline.prepare("pkg", LLAMA_7B, baselines=where, record=record, allow_dirty=allow_dirty)
+    def prepare(record: bool = True, allow_dirty: bool = False, steps: int = 5) -> Path:
+        return baseline.prepare("pkg", LLAMA_7B, steps=steps, baselines=where, record=record, allow_dirty=allow_dirty)
 
     monkeypatch.setattr(perf, "commit", lambda *_: "abc+dirty")
     with pytest.raises(UserError, match="the sources hold changes"):
         prepare()
-    assert prepare(allow_dirty=True) == prepare(record=False) == where
+    assert prepare(allow_dirty=True) == prepare(record=False, steps=1) == where
+    with pytest.raises(UserError, match="--steps=4: 5 or more timed steps"):
+        prepare(allow_dirty=True, steps=4)
     monkeypatch.setattr(perf, "commit", lambda *_: None)
     with pytest.raises(UserError, match="commit is not known"):
         prepare()
@@ -324,12 +327,29 @@ def test_the_table_holds_published_and_measured(where):
     assert "7b-pretrain" in lines[at + 1] and "8,192 tokens/s/device" in lines[at + 1] and "0.72 x" in lines[at + 1]
 
 
+def test_a_narrow_table_breaks_no_word(where):
+    assert "published, nothing measured yet" in said(lambda c: c.print(baseline.table(where, "llama2")))
+    baseline.record(MEASURED, where)
+    console = Console(width=80, file=io.StringIO())
+    console.print(baseline.table(where, "llama2", console.width))
+    text = console.file.getvalue()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for whole in (
+        "llama2: measured against published",
+        "Llama2 7B pretrain",
+        "8 x Atlas 900 A2 PODc",
+        "tokens/s/device",
+    ):
+        assert whole in text
+
+
 def test_charts(where, tmp_path):
     baseline.record(MEASURED, where)
     baseline.record(replace(MEASURED, hardware="CPU x2", recipe="demo", digest="f" * 12, reproduces=None), where)
     for model in ("llama2", "wan21", "qwen25vl"):
         path = baseline.plot(where, model, tmp_path / f"{model}.png")
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    assert baseline.plot(where, "llama2", tmp_path / "chart.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(UserError, match="nothing published and nothing measured.*did you mean 'llama2'"):
         baseline.plot(where, "llama3", tmp_path / "x.png")
 

@@ -65,6 +65,7 @@ def hub(kv: int, tmp_path: Path) -> Path:
     hub_model(kv).save_pretrained(folder, max_shard_size="100KB")
     assert (folder / "model.safetensors.index.json").is_file()
     (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
@@ -109,6 +110,7 @@ def test_round_trip_is_exact(hub: Path, kv: int, tmp_path: Path, shards: int) ->
     weights.convert(tmp_path / "original", tmp_path / "back", MODEL, "hub")
     assert equal(tensors(hub), tensors(tmp_path / "back"))
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     one, two = loaded(hub, kv), loaded(tmp_path / "original", kv)
     assert equal(one, two)
     weights.convert(tmp_path / "back", tmp_path / "again", MODEL, "original", shards=shards)

@@ -87,7 +87,7 @@ def name(device: torch.device) -> str:
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
-    return f"{model} x{os.cpu_count()}"
+    return f"{model} ({os.cpu_count()} threads)"
 
 
 def profiler(device: torch.device) -> ModuleType:

@@ -116,7 +116,9 @@ def check_loss(folder: Path) -> None:
     records = metrics.read(folder)
     losses = [float(r["loss"]) for r in records]
     last = sum(losses[-3:]) / 3
-    console.print(f"{STEPS} steps: {_sparkline(losses)}  {losses[0]:.2f} -> {last:.2f} (bar: {BAR})")
+    console.print(
+        f"{STEPS} steps: {_sparkline(losses)}  first {losses[0]:.2f}, mean of the last three {last:.2f} (bar: {BAR})"
+    )
     console.print(f"loss and speed over the steps: {folder / metrics.CHART}")
     steps = [r["step"] for r in records]
     if steps != sorted(set(steps)) or not {*range(EVERY, STEPS + 1, EVERY)} <= {*steps}:
@@ -135,7 +137,9 @@ def _sparkline(values: list[float], width: int = 60) -> str:
 def check_export(exported: Path) -> None:
     """Fail unless transformers gives the logits our network gives, from the exported folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     tokens = tokenizer("Return the value of the attribute.", return_tensors="pt").input_ids

@@ -375,11 +375,12 @@ def generate_command(
 
 def _converse(chat: Chat) -> None:
     console = Console(highlight=False)
-    if sys.stdin.isatty():
+    prompt = "[bold]> [/bold]" if sys.stdin.isatty() else ""
+    if prompt:
         console.print("Ctrl-C stops an answer; /reset begins a new conversation, /exit or Ctrl-D ends.", style="dim")
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = console.input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return

@@ -286,7 +286,7 @@ ORIGINAL = Layout(
     files=_FILES,
     silent=("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"),
     extra=original_extra,
-    extras=("tokenizer.model",),
+    extras=TOKENIZER,
     shards=original_shards,
 )
 
