@@ -182,7 +182,7 @@ def app(model: Model) -> typer.Typer:
         recipe: RecipeName,
         overrides: Overrides = None,
         nproc: Annotated[
-            int | None, typer.Option(metavar="N", help=r"Devices to plan for.  \[default: tp x pp]")
+            int | None, typer.Option(metavar="N", help=r"Devices to plan for.  \[default: tp x cp x pp]")
         ] = None,
     ) -> None:
         from .estimate import estimate
@@ -190,7 +190,7 @@ def app(model: Model) -> typer.Typer:
         resolved = model.load_recipe(recipe, overrides or ())
         if nproc is not None and nproc < 1:
             raise UserError(f"--nproc={nproc}: plan for 1 device or more")
-        plan = estimate(resolved, model, nproc or resolved.parallel.tp * resolved.parallel.pp)
+        plan = estimate(resolved, model, nproc or resolved.parallel.model)
         typer.echo(resolved.to_yaml(), nl=False)
         console = Console()
         with console.capture() as captured:

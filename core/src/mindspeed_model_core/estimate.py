@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .model import Model
 from .parallel.apply import COMPUTE, MASTER, check
+from .parallel.context import ContextParallel, ContextShared
 from .parallel.placement import placements
 from .parallel.tensor import TensorParallel
 from .recipe import ParallelConfig, Recipe
@@ -50,6 +51,7 @@ class Estimate:
     parameters: int
     world: int
     tp: int
+    cp: int
     pp: int
     dp: int
     stage: int
@@ -61,7 +63,12 @@ class Estimate:
         """What the memory is of: devices, layout and stage."""
         where = f", stage {self.stage} of 0-{self.pp - 1}, which needs most" if self.pp > 1 else ""
         plural = "s" if self.world > 1 else ""
-        return f"memory per device on {self.world} device{plural}: tp {self.tp} x pp {self.pp} x dp {self.dp}{where}"
+        return f"memory per device on {self.world} device{plural}: {self._layout}{where}"
+
+    @property
+    def _layout(self) -> str:
+        cp = f"cp {self.cp} x " if self.cp > 1 else ""
+        return f"tp {self.tp} x {cp}pp {self.pp} x dp {self.dp}"
 
     def table(self) -> Table:
         """Return the memory as a table for people."""
@@ -85,17 +92,25 @@ def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
         net = model.build(model.config(recipe))
     check(net, parallel, world)
     parameters = sum(p.numel() for p in net.parameters())
-    dp = world // (parallel.tp * parallel.pp)
+    dp = world // parallel.model
     steps = max(1, recipe.global_batch // (recipe.micro_batch * dp))
     _narrow(net, parallel)
     activations = _activations(net, recipe, model)
     stages = [
-        _stage(net, recipe, stage, dp, world > 1, min(parallel.pp - stage, steps), activations)
+        _stage(net, recipe, stage, dp * parallel.cp, world > 1, min(parallel.pp - stage, steps), activations)
         for stage in range(parallel.pp)
     ]
     worst = max(range(parallel.pp), key=lambda stage: stages[stage].total)
     return Estimate(
-        parameters, world, parallel.tp, parallel.pp, dp, worst, stages[worst], tuple(_notes(recipe, world, steps))
+        parameters,
+        world,
+        parallel.tp,
+        parallel.cp,
+        parallel.pp,
+        dp,
+        worst,
+        stages[worst],
+        tuple(_notes(recipe, world, steps)),
     )
 
 
@@ -114,7 +129,12 @@ def _notes(recipe: Recipe, world: int, steps: int) -> Iterable[str]:
 
 
 def _narrow(net: Trunk, parallel: ParallelConfig) -> None:
-    """Cut the network on meta to what tensor-parallel rank 0 holds, its layers to run without other ranks."""
+    """Cut the network on meta to what rank 0 of tp and cp holds, its layers to run without other ranks."""
+    if parallel.cp > 1:
+        net.cp = _AloneContext(None, 0, parallel.cp)
+        for module in net.modules():
+            if isinstance(module, ContextShared):
+                module.cp = net.cp
     if parallel.tp == 1:
         return
     modules = dict(net.named_modules())
@@ -132,22 +152,50 @@ def _narrow(net: Trunk, parallel: ParallelConfig) -> None:
 class _Alone(TensorParallel):
     """Rank 0 without its group: shapes and what is kept for backward are the real ones, values are nobody's."""
 
-    def column(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _Column.apply(x, weight, bias, self.size if self.sequence else 1)
+    def column(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
+        return _Column.apply(x, weight, bias, self.size if sequence else 1)
 
-    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = self._reduce(F.linear(x, weight))
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
+        y = self._reduce(F.linear(x, weight), sequence)
         return y if bias is None else y + bias
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         mine = tokens < len(weight)
-        return self._reduce(F.embedding(tokens.clamp(0, len(weight) - 1), weight) * mine[:, None])
+        return self._reduce(F.embedding(tokens.clamp(0, len(weight) - 1), weight) * mine[:, None], self.sequence)
 
     def gather(self, x: Tensor) -> Tensor:
         return x.repeat(1, self.size)
 
-    def _reduce(self, y: Tensor) -> Tensor:
-        return y.narrow(0, 0, len(y) // self.size).clone() if self.sequence else y
+    def sum_features(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        return _Reshaped.apply(x, (len(x) * self.size, *x.shape[1:])) if self.sequence else x
+
+    def _reduce(self, y: Tensor, sequence: bool) -> Tensor:
+        return y.narrow(0, 0, len(y) // self.size).clone() if sequence else y
+
+
+class _AloneContext(ContextParallel):
+    """Rank 0 without its group: nothing of an exchange is kept for backward."""
+
+    def to_heads(self, x: Tensor, tokens: int) -> Tensor:
+        return _Reshaped.apply(x, (tokens, *x.shape[1:-2], x.shape[-2] // self.size, x.shape[-1]))
+
+    def to_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        mine = self.share(tokens)[1]
+        return _Reshaped.apply(x, (mine, *x.shape[1:-2], x.shape[-2] * self.size, x.shape[-1]))
+
+    def gather(self, x: Tensor, tokens: int) -> Tensor:
+        return _Reshaped.apply(x, (tokens, *x.shape[1:]))
+
+
+class _Reshaped(torch.autograd.Function):
+    """What communication makes of a tensor: another shape, and nothing kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x.new_empty(shape)
 
 
 class _Column(torch.autograd.Function):
@@ -171,7 +219,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """RMS norm as fused kernels keep it: the input and one number a row."""
+    """A norm as fused kernels keep it: the input and a number or two a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -180,11 +228,22 @@ class _Norm(torch.autograd.Function):
 
 
 class Fused(TorchFunctionMode):
-    """Within it, PyTorch's attention and norm keep what their fused kernels do; on meta they run decomposed."""
+    """Within it, PyTorch's attention and norms keep what their fused kernels do; on meta they run decomposed.
+
+    ``attention`` counts the bytes of attention's results: what a block recomputed without it still keeps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
+            out = _Attention.apply(*args[:3])
+            self.attention += out.nbytes + 4 * out.numel() // out.shape[-1]
+            return out
+        if func is F.layer_norm:
+            return _Norm.apply(args[0], args[2] if len(args) > 2 else (kwargs or {}).get("weight"))
         if func is F.rms_norm:
             return _Norm.apply(args[0], args[2] if len(args) > 2 else (kwargs or {}).get("weight"))
         return func(*args, **(kwargs or {}))
@@ -224,9 +283,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Bytes for one micro-batch: a block's, its input's alone, what all blocks share, the embedding's, the head's."""
+    """Bytes for one micro-batch: a block's, its attention's results, its input's alone, what all blocks share, the embedding's, the head's."""
 
     block: int
+    attention: int
     entry: int
     shared: int
     first: int
@@ -236,10 +296,10 @@ class _Activations:
 def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
     one = recipe.model_copy(update={"global_batch": recipe.micro_batch})
     task = model.task(one, model.config(recipe))
-    batch = _on_meta(next(iter(task.synthetic(0, 1)))[0])
+    batch = _on_meta(task.encode(next(iter(task.synthetic(0, 1)))[0]))
     net.to(COMPUTE[recipe.precision])
     weights = net.parameters()
-    with Fused():
+    with Fused() as fused:
         context = net.context(batch)
         given = {t.untyped_storage()._cdata: t for t in [*weights, *_tensors(batch)]}
         shared = {t.untyped_storage()._cdata: t for t in _tensors(context)}
@@ -250,12 +310,14 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         state = _entering(state)
         with Saved(known) as block:
             state = net.step(0, next(net.blocks.children()), state, context)
+        attention = fused.attention
         state = _entering(state)
         with Saved(known) as last:
             net.finish(state, context)
     logits = max((t.numel() for t in last.tensors), default=0)
     return _Activations(
         block=block.bytes,
+        attention=attention,
         entry=sum(t.nbytes for t in state.values()),
         shared=sum(t.untyped_storage().nbytes() for t in shared.values()),
         first=first.bytes,
@@ -284,7 +346,7 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _stage(
-    net: Trunk, recipe: Recipe, stage: int, dp: int, spread: bool, flight: int, activations: _Activations
+    net: Trunk, recipe: Recipe, stage: int, replicas: int, spread: bool, flight: int, activations: _Activations
 ) -> Memory:
     """Return the memory of one pipeline stage of a network already cut by tensor parallelism."""
     pp = recipe.parallel.pp
@@ -296,9 +358,10 @@ def _stage(
     wanted = {"none": 0, "all": per}.get(str(recipe.recompute), recipe.recompute)
     again = max(0, min(int(wanted), per))
     a = activations
-    kept = (per - again) * a.block + again * a.entry + a.shared + (a.first if first else 0)
+    left = a.entry + (a.attention if recipe.recompute_keep == "attention" else 0)
+    kept = (per - again) * a.block + again * left + a.shared + (a.first if first else 0)
     memory = replace(
-        _states(blocks, rest, recipe, dp, spread),
+        _states(blocks, rest, recipe, replicas, spread),
         activations=flight * kept + (a.block if again else 0),
         head=a.last if last else 0,
     )
@@ -306,7 +369,7 @@ def _stage(
 
 
 def _states(
-    blocks: list[list[nn.Parameter]], rest: list[nn.Parameter], recipe: Recipe, dp: int, spread: bool
+    blocks: list[list[nn.Parameter]], rest: list[nn.Parameter], recipe: Recipe, replicas: int, spread: bool
 ) -> Memory:
     """Return weights, gradients and optimizer states as ``parallel.apply`` and ``optim`` lay them out.
 
@@ -321,11 +384,11 @@ def _states(
     if shard == "none" or not spread:
         apart = master if master != compute else 0
         return Memory(compute * whole, master * whole, (apart + 2 * master) * whole, 0, 0)
-    own = sum(-(-p.shape[0] // dp) * (p.numel() // p.shape[0]) for p in everything if p.numel())
+    own = sum(-(-p.shape[0] // replicas) * (p.numel() // p.shape[0]) for p in everything if p.numel())
     gathered = whole
     if shard == "zero3":
         gathered = sum(sorted((_count(b) for b in blocks), reverse=True)[:2]) + _count(rest)
-    accumulates = recipe.global_batch > recipe.micro_batch * dp
+    accumulates = recipe.global_batch > recipe.micro_batch * replicas // recipe.parallel.cp
     gradients = master * own + (max(master, 4) * whole if shard == "zero1" and accumulates else 0)
     return Memory(compute * gathered, gradients, 3 * master * own, 0, 0)
 

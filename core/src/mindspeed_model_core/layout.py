@@ -58,6 +58,22 @@ class Same(Op):
 
 
 @dataclass(frozen=True)
+class Reshape(Op):
+    """The same elements in another shape, such as a convolution's kernel that is a matrix here."""
+
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+
+    def join(self, theirs: Tensor) -> Tensor:
+        """Return the elements in our shape."""
+        return theirs.reshape(self.ours)
+
+    def split(self, ours: Tensor) -> Tensor:
+        """Return the elements in the layout's shape."""
+        return ours.reshape(self.theirs)
+
+
+@dataclass(frozen=True)
 class HeadPermute(Op):
     """Rows of each head: theirs rotates neighbours (2i, 2i+1), ours the two halves (i, i + head_dim / 2).
 

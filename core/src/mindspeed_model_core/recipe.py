@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -33,10 +34,23 @@ class ParallelConfig(Section):
 
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     sequence: bool = Field(False, description="split activations between TP regions along the sequence")
+    cp: PositiveInt = Field(1, description="context-parallel size (Ulysses): ranks that share the tokens of a sample")
     pp: PositiveInt = Field(1, description="pipeline stages (1F1B)")
     shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
         "none", description="what data parallelism shards: optimizer states, gradients too, weights too"
     )
+
+    @property
+    def model(self) -> int:
+        """Return how many processes work on one sample: tp x cp x pp."""
+        return self.tp * self.cp * self.pp
+
+    @property
+    def product(self) -> str:
+        """Return ``model`` as it is made up, for messages."""
+        sizes = [(name, getattr(self, name)) for name in ("tp", "cp", "pp")]
+        shown = [f"parallel.{name}={size}" for name, size in sizes if size > 1 or name != "cp"]
+        return f"{' x '.join(shown)} = {self.model}"
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
@@ -111,6 +125,9 @@ class Recipe(Section):
     recompute: Literal["none", "all"] | NonNegativeInt = Field(
         "none", description="blocks recomputed in backward: none, all, or the first N of each pipeline stage"
     )
+    recompute_keep: Literal["nothing", "attention"] = Field(
+        "nothing", description="what recomputed blocks keep all the same: attention's results are small and dear"
+    )
     deterministic: bool = False
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -155,7 +172,8 @@ def load(kind: type[R], package: str, name: str, overrides: tuple[str, ...] | li
     Raises UserError naming the key, the value and the nearest valid choice.
     """
     values = _read(package, name, ())
-    values["name"] = Path(name).stem
+    # Not Path.stem: the name of a shipped recipe may have a dot in it, as t2v-1.3b.
+    values["name"] = re.sub(r"\.ya?ml$", "", Path(name).name)
     shipped = copy.deepcopy(values)
     for text in overrides:
         key, eq, raw = text.partition("=")

@@ -330,12 +330,18 @@ def create_safetensors(path: Path, specs: Mapping[str, Spec]) -> tuple[File, dic
 
 @dataclass(frozen=True)
 class Safetensors:
-    """A folder with ``<stem>.safetensors``, or several files and an index."""
+    """A folder with ``<stem>.safetensors``, or several files and an index.
+
+    They are written in its ``subfolder``, and read from there or, where there is none, from the folder itself.
+    """
 
     stem: str = "model"
+    subfolder: str = ""
 
     def open(self, folder: Path) -> Reader:
         """Read the headers of all files; UserError names a file or key that is missing."""
+        if (folder / self.subfolder).is_dir():
+            folder = folder / self.subfolder
         index = folder / f"{self.stem}.safetensors.index.json"
         single = folder / f"{self.stem}.safetensors"
         if not index.is_file() or single.is_file():
@@ -364,6 +370,8 @@ class Safetensors:
 
     def create(self, folder: Path, specs: Mapping[str, Spec], *, shards: int = 1, shard_bytes: int) -> Writer:
         """Lay out files of at most ``shard_bytes`` each (a larger tensor has a file of its own)."""
+        folder = folder / self.subfolder
+        folder.mkdir(exist_ok=True)
         groups: list[dict[str, Spec]] = [{}]
         size = 0
         for name, spec in specs.items():

@@ -137,8 +137,8 @@ class Session:
             mistake = str(error)
         count = sum(self.task.count(batch) for batch in batches)
         if mesh.groups:
-            # On the host, so that the device's queue never empties for it; tp and pp ranks repeat their data rank's.
-            mine = count if mesh.tp_rank == mesh.pp_rank == 0 else 0
+            # On the host, so that the device's queue never empties for it; tp, cp and pp ranks repeat their data rank's.
+            mine = count if mesh.draws else 0
             sums = torch.tensor([mine, int(mistake is not None)])
             dist.all_reduce(sums, group=mesh.host_group)
             count = int(sums[0])
@@ -152,11 +152,10 @@ class Session:
     def _totals(self, loss: Tensor, count: Tensor, norm: Tensor, work: Work) -> _Totals:
         """Add up over processes what each saw of the step; count, norm and the wish to stop are spread alike."""
         mesh = self.mesh
-        speaks = mesh.is_last_stage and mesh.tp_rank == 0
         dtype = torch.float64 if mesh.device.type == "cpu" else torch.float32
-        mine = [work.samples, work.units, work.flops] if speaks else [0.0, 0.0, 0.0]
+        mine = [work.samples, work.units, work.flops] if mesh.reports else [0.0, 0.0, 0.0]
         host = torch.tensor([*mine, float(self.signal is not None)], dtype=dtype).to(mesh.device, non_blocking=True)
-        vector = torch.cat(((loss if speaks else torch.zeros_like(loss)).to(dtype)[None], host))
+        vector = torch.cat(((loss if mesh.reports else torch.zeros_like(loss)).to(dtype)[None], host))
         if mesh.groups:
             dist.all_reduce(vector)
         vector = torch.cat((vector, count.to(dtype)[None], norm.to(dtype)[None]))
@@ -186,7 +185,14 @@ def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
     """Build the recipe's network on meta and make this process's part of it; values are still to be written."""
     with torch.device("meta"):
         net = model.build(model.config(recipe))
-    return apply.parallelize(net, mesh, recipe.parallel, precision=recipe.precision, recompute=recipe.recompute)
+    return apply.parallelize(
+        net,
+        mesh,
+        recipe.parallel,
+        precision=recipe.precision,
+        recompute=recipe.recompute,
+        recompute_keep=recipe.recompute_keep,
+    )
 
 
 def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = False, watch: Sequence[Watch] = ()) -> Run:

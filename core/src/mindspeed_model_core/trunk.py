@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from .errors import UserError
+from .parallel.context import ContextParallel
 
 Batch = dict[str, Any]
 State = dict[str, Tensor]
@@ -20,14 +24,17 @@ class Trunk(nn.Module, ABC):
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
     ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed from
     the batch alone is in the Context, made anew on every pipeline stage. ``recompute`` is how many of the blocks held
-    here run again in backward; ``sequence_ranks`` how many ranks share the tokens between tensor-parallel regions.
+    here run again in backward, all of them but, with ``recompute_keep="attention"``, the attention; ``sequence_ranks`` how many ranks share the tokens between tensor-parallel regions,
+    and ``cp`` how they are shared out over whole blocks.
     """
 
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     blocks: nn.ModuleList
     recompute: int = 0
+    recompute_keep: str = "nothing"
     sequence_ranks: int = 1
+    cp: ContextParallel | None = None
 
     @abstractmethod
     def context(self, batch: Batch) -> Context:
@@ -63,6 +70,17 @@ class Trunk(nn.Module, ABC):
         """Whether this stage holds the head."""
         return all(hasattr(self, name) for name in self.last)
 
+    def held(self, tokens: int) -> int:
+        """Return how many of a sample's tokens this process holds between tensor-parallel regions."""
+        if self.cp is not None:
+            tokens = self.cp.share(tokens)[1]
+        if tokens % self.sequence_ranks:
+            raise UserError(
+                f"parallel.sequence=true: {self.sequence_ranks} tensor-parallel ranks cannot share {tokens} tokens "
+                f"evenly; set parallel.sequence=false or choose sizes with a multiple of {self.sequence_ranks} tokens"
+            )
+        return tokens // self.sequence_ranks
+
     def forward(self, batch: Batch, state: State | None = None) -> Tensor | State:
         """Run the blocks this process holds: from ``state`` if given, to the output if the head is here."""
         context = self.context(batch)
@@ -70,7 +88,30 @@ class Trunk(nn.Module, ABC):
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):
             if index < self.recompute and torch.is_grad_enabled():
-                state = checkpoint(self.step, index, block, state, context, use_reentrant=False)
+                state = checkpoint(
+                    self.step, index, block, state, context, use_reentrant=False, **_policy(self.recompute_keep)
+                )
             else:
                 state = self.step(index, block, state, context)
         return self.finish(state, context) if self.is_last else state
+
+
+def _policy(keep: str) -> dict[str, Any]:
+    if keep == "nothing":
+        return {}
+    return {"context_fn": partial(create_selective_checkpoint_contexts, attention_results())}
+
+
+@cache
+def attention_results() -> list[Any]:
+    """Return PyTorch's operators that compute attention, whichever backend serves it."""
+    names = [
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_flash_attention_forward",
+    ]
+    found = [getattr(torch.ops.aten, name, None) for name in names]
+    return [packet.default for packet in found if packet is not None]

@@ -44,7 +44,7 @@ class VocabHead(nn.Module):
         if self.tp is None:
             logits = F.linear(x, self.weight)
             return logits if labels is None else ops.cross_entropy(logits, labels)
-        logits = self.tp.column(x, self.weight, None)
+        logits = self.tp.column(x, self.weight, None, self.tp.sequence)
         if labels is None:
             return self.tp.gather(logits)
         start = self.tp.rank * self.weight.shape[0]

@@ -15,7 +15,8 @@ class Linear(nn.Linear):
     """``y = x W^T + b``. ``split="out"`` shares out output features, ``split="in"`` input features, None neither.
 
     ``parts`` are sizes of projections stacked in the output (q, k, v), each shared out on its own; ``unit`` is the
-    smallest block that must stay whole, such as a head's width.
+    smallest block that must stay whole, such as a head's width. Sequence parallelism shares out the tokens of the
+    input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video.
     """
 
     tp: TensorParallel | None = None
@@ -29,24 +30,29 @@ class Linear(nn.Linear):
         split: Literal["out", "in"] | None = None,
         parts: tuple[int, ...] = (),
         unit: int = 1,
+        tokens: Literal["own", "all"] = "own",
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.split, self.parts, self.unit = split, parts, unit
+        self.split, self.parts, self.unit, self.tokens = split, parts, unit, tokens
 
     def placements(self) -> dict[str, Placement]:
         """Return where each parameter's elements live."""
         if self.split == "out":
             cut = Placement(0, self.parts, self.unit)
             return {"weight": cut, "bias": cut}
+        replica = Placement(partial=self._shares_tokens)
         if self.split == "in":
-            partial = self.tp is not None and self.tp.sequence
-            return {"weight": Placement(1, unit=self.unit), "bias": Placement(partial=partial)}
-        return {}
+            return {"weight": Placement(1, unit=self.unit), "bias": replica}
+        return {"weight": replica, "bias": replica}
+
+    @property
+    def _shares_tokens(self) -> bool:
+        return self.tp is not None and self.tp.sequence and self.tokens == "own"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[tokens, in]`` to ``[tokens, out]``; under TP one of the two is this rank's share."""
+        """Map ``[tokens, ..., in]`` to ``[tokens, ..., out]``; under TP one of the two is this rank's share."""
         if self.tp is None or self.split is None:
             return F.linear(x, self.weight, self.bias)
         if self.split == "out":
-            return self.tp.column(x, self.weight, self.bias)
-        return self.tp.row(x, self.weight, self.bias)
+            return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
+        return self.tp.row(x, self.weight, self.bias, self._shares_tokens)

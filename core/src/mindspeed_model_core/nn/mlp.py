@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -19,3 +22,17 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[tokens, width]`` to the same shape."""
         return self.down(ops.swiglu(self.gate_up(x)))
+
+
+class FeedForward(nn.Module):
+    """``down(gelu(up(x)))`` with biases; ``gelu`` as its tanh approximation or, with ``none``, exact."""
+
+    def __init__(self, width: int, hidden: int, *, approximate: Literal["tanh", "none"] = "tanh") -> None:
+        super().__init__()
+        self.up = Linear(width, hidden, split="out")
+        self.down = Linear(hidden, width, split="in")
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[tokens, ..., width]`` to the same shape."""
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))

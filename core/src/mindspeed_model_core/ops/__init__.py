@@ -1,9 +1,25 @@
 """Operations with one signature on every device."""
 
-from .attention import attention
+from .adaln import adaln, gated_add
+from .attention import attention, full_attention
 from .loss import cross_entropy
-from .norm import rms_norm
-from .rope import rope, rope_tables
+from .norm import layer_norm, rms_norm, rms_norm_given, sum_of_squares
+from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
 from .swiglu import swiglu
 
-__all__ = ["attention", "cross_entropy", "rms_norm", "rope", "rope_tables", "swiglu"]
+__all__ = [
+    "adaln",
+    "attention",
+    "cross_entropy",
+    "full_attention",
+    "gated_add",
+    "grid_rope_tables",
+    "layer_norm",
+    "rms_norm",
+    "rms_norm_given",
+    "rope",
+    "rope_interleaved",
+    "rope_tables",
+    "sum_of_squares",
+    "swiglu",
+]

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over documents packed back to back."""
+"""Scaled dot-product attention: over documents packed back to back, and of every token to every other."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, caus
         return _packed(q, k, v, lengths, causal)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_equal(a, b, c, 1, causal) for a, b, c in parts])
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend from each of ``q [tokens, batch, heads, width]`` to all of ``k``, ``v`` ``[others, batch, heads, width]``.
+
+    Scores are scaled by 1/sqrt(width), softmax is in fp32 or wider. Returns ``q``'s shape.
+    """
+    out = F.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
+    return out.permute(2, 0, 1, 3)
 
 
 @functools.cache

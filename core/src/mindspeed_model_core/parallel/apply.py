@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UserError
 from ..recipe import ParallelConfig, Precision
 from ..trunk import Trunk
+from .context import ContextParallel, ContextShared
 from .mesh import Mesh
 from .placement import placements
 from .shard import Gradients, Shard, collect
@@ -35,8 +36,8 @@ class Parallel:
 
     @property
     def loss_scale(self) -> int:
-        """Return what the loss is multiplied by because FSDP2 averages over data ranks where a sum is wanted."""
-        return self.mesh.dp if self.is_sharded else 1
+        """Return what the loss is multiplied by because FSDP2 averages over replicas where a sum is wanted."""
+        return self.mesh.replicas if self.is_sharded else 1
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -59,11 +60,8 @@ class Parallel:
 
 def check(net: Trunk, parallel: ParallelConfig, world: int) -> None:
     """Raise UserError when the network cannot be cut this way; needs no process group."""
-    if world % (parallel.tp * parallel.pp):
-        raise UserError(
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = {parallel.tp * parallel.pp} does not divide the "
-            f"{world} processes"
-        )
+    if world % parallel.model:
+        raise UserError(f"{parallel.product} does not divide the {world} processes")
     blocks = len(net.blocks)
     if blocks % parallel.pp:
         fits = [n for n in range(1, blocks + 1) if blocks % n == 0]
@@ -83,6 +81,22 @@ def check(net: Trunk, parallel: ParallelConfig, world: int) -> None:
         raise UserError(
             f"parallel.tp={parallel.tp}: does not divide the {units} {what} of {name}; valid: {_list(fits)}"
         )
+    _check_context(net, parallel)
+
+
+def _check_context(net: Trunk, parallel: ParallelConfig) -> None:
+    if parallel.cp == 1:
+        return
+    heads = {module.heads for module in net.modules() if isinstance(module, ContextShared)}
+    if not heads:
+        raise UserError(f"parallel.cp={parallel.cp}: this network cannot share out its tokens; valid: 1")
+    common = math.gcd(*heads) // parallel.tp
+    if common % parallel.cp:
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        of = f" that each of tp={parallel.tp} ranks holds" if parallel.tp > 1 else ""
+        raise UserError(
+            f"parallel.cp={parallel.cp}: does not divide the {common} attention heads{of}; valid: {_list(fits)}"
+        )
 
 
 def _list(values: list[int]) -> str:
@@ -91,16 +105,25 @@ def _list(values: list[int]) -> str:
 
 
 def parallelize(
-    net: Trunk, mesh: Mesh, parallel: ParallelConfig, *, precision: Precision = "fp32", recompute: str | int = "none"
+    net: Trunk,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    *,
+    precision: Precision = "fp32",
+    recompute: str | int = "none",
+    recompute_keep: str = "nothing",
 ) -> Parallel:
     """Cut a whole network on meta for this process and give it memory; values are still to be written.
 
-    The order is: narrow (tensor parallel), keep the own stage (pipeline), recompute, shard (ZeRO), materialise.
+    The order is: narrow (tensor parallel), share the context, keep the own stage (pipeline), recompute, shard (ZeRO),
+    materialise.
     """
     check(net, parallel, mesh.world)
     shapes = {name: p.shape for name, p in net.named_parameters()}
     _narrow(net, mesh, parallel)
+    _share_context(net, mesh)
     _keep_stage(net, mesh)
+    net.recompute_keep = recompute_keep
     net.recompute = recompute if isinstance(recompute, int) else {"none": 0, "all": len(net.blocks)}[recompute]
     sharded = parallel.shard != "none" and bool(mesh.groups)
     compute, master = COMPUTE[precision], MASTER[precision]
@@ -133,6 +156,15 @@ def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
     net.sequence_ranks = mesh.tp if parallel.sequence else 1
 
 
+def _share_context(net: Trunk, mesh: Mesh) -> None:
+    if mesh.cp == 1:
+        return
+    net.cp = ContextParallel(mesh.groups["cp"], mesh.cp_rank, mesh.cp)
+    for module in net.modules():
+        if isinstance(module, ContextShared):
+            module.cp = net.cp
+
+
 def _keep_stage(net: Trunk, mesh: Mesh) -> None:
     if mesh.pp == 1:
         return
@@ -148,7 +180,7 @@ def _shard(net: Trunk, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtyp
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    axis = DeviceMesh.from_group(mesh.groups["dp"], mesh.device.type)
+    axis = DeviceMesh.from_group(mesh.groups["replicas"], mesh.device.type)
     reduced = torch.float32 if master == torch.bfloat16 else master
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False)
     free = parallel.shard == "zero3"

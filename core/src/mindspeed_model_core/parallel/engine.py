@@ -18,8 +18,8 @@ from torch import Tensor
 from . import facade
 
 
-def initialise(tp: int, pp: int, device: torch.device) -> None:
-    """Split the initialised default process group into tensor, pipeline and data-parallel groups."""
+def initialise(tp: int, cp: int, pp: int, device: torch.device) -> None:
+    """Split the initialised default process group into tensor, context, pipeline and data-parallel groups."""
     facade.install(device)
     # It tells of accelerations that nothing here uses, and how to start its own trainer.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -29,7 +29,9 @@ def initialise(tp: int, pp: int, device: torch.device) -> None:
     )
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+    )
 
 
 def finalise() -> None:
@@ -40,13 +42,15 @@ def finalise() -> None:
 
 
 def groups() -> dict[str, Any]:
-    """Return the process groups of this rank, by axis: tp, pp, dp."""
+    """Return the process groups of this rank by axis: tp, cp, pp, dp, and replicas (cp within dp)."""
     from megatron.core import parallel_state as state
 
     return {
         "tp": state.get_tensor_model_parallel_group(),
         "pp": state.get_pipeline_model_parallel_group(),
+        "cp": state.get_context_parallel_group(),
         "dp": state.get_data_parallel_group(),
+        "replicas": state.get_data_parallel_group(with_context_parallel=True),
     }
 
 
@@ -74,6 +78,13 @@ def reduce(x: Tensor, sequence: bool) -> Tensor:
     if sequence:
         return mappings.reduce_scatter_to_sequence_parallel_region(x)
     return mappings.reduce_from_tensor_model_parallel_region(x)
+
+
+def sum_over_features(x: Tensor) -> Tensor:
+    """Add up over tensor-parallel ranks what each goes on to use for its own features: backward adds up too."""
+    from megatron.core.tensor_parallel import mappings
+
+    return mappings.copy_to_tensor_model_parallel_region(mappings.reduce_from_tensor_model_parallel_region(x))
 
 
 def gather_features(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The axes processes are arranged along: tp fastest, then dp, then pp."""
+"""The axes processes are arranged along: tp fastest, then cp, then dp, then pp."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from . import engine
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place: sizes, ranks and groups along tp, pp and dp. Without a process group all sizes are 1."""
+    """This process's place: sizes, ranks and groups along tp, cp, pp and dp; all sizes are 1 without a process group.
+
+    The ``replicas`` of a weight are the ranks along dp and cp: they see other data, or other tokens of the same.
+    """
 
     device: torch.device
     tp: int = 1
+    cp: int = 1
     pp: int = 1
     dp: int = 1
     tp_rank: int = 0
+    cp_rank: int = 0
     pp_rank: int = 0
     dp_rank: int = 0
     groups: dict[str, Any] = field(default_factory=dict)
@@ -33,7 +38,27 @@ class Mesh:
     @property
     def world(self) -> int:
         """Return the number of processes."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def replicas(self) -> int:
+        """Return how many ranks hold each weight alike: dp x cp."""
+        return self.dp * self.cp
+
+    @property
+    def replica_rank(self) -> int:
+        """Return this process's rank among the replicas."""
+        return self.dp_rank * self.cp + self.cp_rank
+
+    @property
+    def draws(self) -> bool:
+        """Whether this process speaks for its data rank about the data: tp, cp and pp ranks see the same batch."""
+        return self.tp_rank == self.cp_rank == self.pp_rank == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process speaks for its data rank about the loss: the first of those with the last stage."""
+        return self.is_last_stage and self.tp_rank == self.cp_rank == 0
 
     @property
     def rank(self) -> int:
@@ -70,27 +95,25 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     if launched() and not dist.is_initialized():
         dist.init_process_group(devices.backend(device), timeout=datetime.timedelta(minutes=30))
     if not dist.is_initialized():
-        if parallel.tp * parallel.pp > 1:
+        if parallel.model > 1:
             raise UserError(
-                f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} needs {parallel.tp * parallel.pp} processes, "
-                f"there is 1; start with --nproc {parallel.tp * parallel.pp} or a multiple"
+                f"{parallel.product} processes are needed, there is 1; start with --nproc {parallel.model} or a multiple"
             )
         return Mesh(device)
-    world, model = dist.get_world_size(), parallel.tp * parallel.pp
+    world, model = dist.get_world_size(), parallel.model
     if world % model:
-        raise UserError(
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = {model} does not divide the {world} processes; "
-            f"start a multiple of {model}"
-        )
-    engine.initialise(parallel.tp, parallel.pp, device)
+        raise UserError(f"{parallel.product} does not divide the {world} processes; start a multiple of {model}")
+    engine.initialise(parallel.tp, parallel.cp, parallel.pp, device)
     groups = engine.groups()
     host = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
     return Mesh(
         device,
         tp=parallel.tp,
+        cp=parallel.cp,
         pp=parallel.pp,
         dp=world // model,
         tp_rank=groups["tp"].rank(),
+        cp_rank=groups["cp"].rank(),
         pp_rank=groups["pp"].rank(),
         dp_rank=groups["dp"].rank(),
         groups=groups,

@@ -21,7 +21,7 @@ from .placement import Placement, placements
 class Shard:
     """One parameter's share.
 
-    ``shape`` is the whole parameter's; tensor parallelism cuts it by ``placement``; data parallelism (FSDP2) then
+    ``shape`` is the whole parameter's; tensor parallelism cuts it by ``placement``; FSDP2 over the replicas then
     takes ``rows`` of dim 0 of that. ``master`` is what the optimizer updates: the local tensor itself, or its fp32
     copy where the parameter computes in bf16. Of the processes that hold the same, one has it ``counted`` in sums
     over all, and one ``writes`` it into checkpoints: another one from parameter to parameter.
@@ -108,12 +108,12 @@ def collect(
         local = _local(parameter.detach())
         rows = (0, parameter.shape[0])
         if sharded:
-            per = -(-parameter.shape[0] // mesh.dp)
-            rows = (min(mesh.dp_rank * per, parameter.shape[0]), local.shape[0])
-        counted = (placement.dim is not None or mesh.tp_rank == 0) and (sharded or mesh.dp_rank == 0)
-        alike_tp, alike_dp = mesh.tp if placement.dim is None else 1, 1 if sharded else mesh.dp
-        index = mesh.dp_rank % alike_dp * alike_tp + mesh.tp_rank % alike_tp
-        writes = number % (alike_tp * alike_dp) == index
+            per = -(-parameter.shape[0] // mesh.replicas)
+            rows = (min(mesh.replica_rank * per, parameter.shape[0]), local.shape[0])
+        counted = (placement.dim is not None or mesh.tp_rank == 0) and (sharded or mesh.replica_rank == 0)
+        alike_tp, alike = mesh.tp if placement.dim is None else 1, 1 if sharded else mesh.replicas
+        index = mesh.replica_rank % alike * alike_tp + mesh.tp_rank % alike_tp
+        writes = number % (alike_tp * alike) == index
         same = local.dtype == master_dtype
         master = local if same else torch.empty_like(local, dtype=master_dtype)
         out[name] = Shard(
@@ -134,7 +134,7 @@ class Gradients:
         whole = [s for s in self.shards if not s.sharded]
         self.flat: dict[torch.dtype, Tensor] = {}
         split = {s.name: s for s in whole if s.master.dtype != s.parameter.dtype}
-        if mesh.dp > 1 or split:
+        if mesh.replicas > 1 or split:
             self._lay_out(whole)
         for shard in split.values():
             shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
@@ -150,10 +150,10 @@ class Gradients:
                     shard.parameter.grad = shard.buffer
 
     def reduce(self) -> None:
-        """Sum over the ranks that each saw a part: data-parallel replicas, then partial tensor-parallel replicas."""
-        if self.mesh.dp > 1:
+        """Sum over the ranks that each saw a part: replicas along dp and cp, then partial tensor-parallel ones."""
+        if self.mesh.replicas > 1:
             for flat in self.flat.values():
-                dist.all_reduce(flat, group=self.mesh.groups["dp"])
+                dist.all_reduce(flat, group=self.mesh.groups["replicas"])
         if self.mesh.tp > 1:
             partial = [s.gradient for s in self.shards if s.placement.partial and s.gradient is not None]
             if partial:

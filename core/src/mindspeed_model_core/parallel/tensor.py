@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import engine
+from .context import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,13 @@ class TensorParallel:
     size: int
     sequence: bool = False
 
-    def column(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply this rank's output features to all tokens."""
-        return engine.column_linear(x, weight, bias, self.sequence)
+    def column(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
+        """Apply this rank's output features to all tokens; with ``sequence`` ``x`` is this rank's share of them."""
+        return engine.column_linear(x, weight, bias, sequence)
 
-    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
         """Apply this rank's input features and add up over ranks; the bias is added once."""
-        y = engine.reduce(F.linear(x, weight), self.sequence)
+        y = engine.reduce(F.linear(x, weight), sequence)
         return y if bias is None else y + bias
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
@@ -35,6 +36,19 @@ class TensorParallel:
         mine = (local >= 0) & (local < weight.shape[0])
         found = F.embedding(local.clamp(0, weight.shape[0] - 1), weight) * mine[:, None]
         return engine.reduce(found, self.sequence)
+
+    def sum_features(self, x: Tensor) -> Tensor:
+        """Add up a statistic of features that are shared out."""
+        return engine.sum_over_features(x)
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Return this rank's share of the tokens (dim 0) of a tensor that wants no gradient."""
+        share = len(x) // self.size
+        return x.narrow(0, self.rank * share, share) if self.sequence else x
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """Join the ranks' shares of the tokens; every rank then computes the same."""
+        return gather_tokens(x, self.group, [len(x)] * self.size) if self.sequence else x
 
     def gather(self, x: Tensor) -> Tensor:
         """Join the ranks' features along the last dim."""

@@ -45,6 +45,7 @@ class Job:
     steps: int = 4
     precision: Precision = "fp64"
     recompute: str | int = "none"
+    recompute_keep: str = "nothing"
 
 
 Pieces = dict[str, list[tuple[tuple[int, ...], Tensor]]]
@@ -66,7 +67,14 @@ def trace(job: Job, layout: dict[str, Any]) -> Trace:
     mesh = open_mesh(config, torch.device("cpu"))
     with torch.device("meta"):
         net = job.build()
-    parallel = apply.parallelize(net, mesh, config, precision=job.precision, recompute=job.recompute)
+    parallel = apply.parallelize(
+        net,
+        mesh,
+        config,
+        precision=job.precision,
+        recompute=job.recompute,
+        recompute_keep=job.recompute_keep,
+    )
     apply.initialise(parallel, seed=7)
     optimizer = AdamW(parallel, OptimConfig(lr=1e-2, clip=0.5))
     out = Trace()
@@ -76,7 +84,7 @@ def trace(job: Job, layout: dict[str, Any]) -> Trace:
         if mesh.groups:
             dist.all_reduce(count, group=mesh.groups["dp"])
         loss = pipeline.run(parallel, batches, job.task.loss, count)
-        if not (mesh.is_last_stage and mesh.tp_rank == 0):
+        if not mesh.reports:
             loss = loss * 0
         if mesh.groups:
             dist.all_reduce(loss)

@@ -72,7 +72,7 @@ class Toy(Trunk):
 
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the rows at a stage boundary."""
-        return {"x": (len(batch["ids"]) // self.sequence_ranks, WIDTH)}
+        return {"x": (self.held(len(batch["ids"])), WIDTH)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Draw everything from a normal."""

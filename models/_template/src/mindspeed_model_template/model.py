@@ -61,7 +61,7 @@ class Template(Trunk):
 
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the activations' shape; sequence parallelism keeps this rank's share of the tokens."""
-        return {"x": (batch["before"].shape[1] // self.sequence_ranks, self.config.hidden_size)}
+        return {"x": (self.held(batch["before"].shape[1]), self.config.hidden_size)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Norms start at one, matrices at a normal of ``initializer_range``."""

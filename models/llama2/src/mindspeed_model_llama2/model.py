@@ -74,7 +74,7 @@ class Llama2(Trunk):
 
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the activations' shape; sequence parallelism keeps this rank's share of the tokens."""
-        return {"x": (len(batch["tokens"]) // self.sequence_ranks, self.config.hidden_size)}
+        return {"x": (self.held(len(batch["tokens"])), self.config.hidden_size)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Norms start at one, matrices at a normal of ``initializer_range``."""

@@ -1,0 +1,369 @@
+"""Videos and images: what they are, some of their frames in one size, and how they are written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError, nearest
+
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+_GAP = 4  # pixels between the pictures of a contact sheet
+_SEEK = 1.0  # seconds below which decoding from the beginning costs less than looking for a key frame
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_ORIENTATION = 0x0112
+_FILES = ("path", "video", "image")
+_CAPTIONS = ("text", "caption", "prompt")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video or image as it is shown: upright, with square pixels; an image is one frame at 0 fps."""
+
+    path: Path
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+    def length(self, fps: float) -> int:
+        """Return how many frames the clip fills when sampled at ``fps``."""
+        if self.frames == 1 or not self.fps:
+            return 1
+        return math.floor((self.frames - 1) / self.fps * fps + 1e-6) + 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line of a list of clips: its number from 1, the file it names and the file's caption."""
+
+    line: int
+    path: Path
+    caption: str
+
+
+def read_list(path: str | Path) -> list[Item]:
+    """Return the clips that a .jsonl or .csv file lists; paths in it are relative to its folder.
+
+    A line has the file under ``path``, ``video`` or ``image`` and the caption under ``text``, ``caption`` or
+    ``prompt``; the first line of a .csv names the columns. Raises UserError naming a line that lacks either.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"{path}: a list of clips is a .jsonl or .csv file, not {path.suffix or 'a nameless one'}")
+    _exists(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            items = [
+                Item(line, path.parent / _column(where, row, _FILES), _column(where, row, _CAPTIONS))
+                for line, row in (_csv(file) if path.suffix == ".csv" else _jsonl(file, path))
+                for where in (f"{path}:{line}",)
+            ]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
+    if not items:
+        raise UserError(f"{path}: lists no clip")
+    return items
+
+
+def _csv(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.DictReader(file)
+    for row in rows:
+        yield rows.line_num, row
+
+
+def _jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(file, 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}:{line}: not a JSON object ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
+        yield line, row
+
+
+def _column(where: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
+    for name in names:
+        if name in row:
+            if not isinstance(row[name], str):
+                raise UserError(f"{where}: {name!r} must hold text, got {type(row[name]).__name__}")
+            return row[name]
+    raise UserError(f"{where}: no key {' or '.join(names)}{nearest(names[0], row)}")
+
+
+def is_image(path: str | Path) -> bool:
+    """Return whether a file's name is an image's; of an animated one the first picture counts."""
+    return Path(path).suffix.lower() in IMAGES
+
+
+def probe(path: str | Path) -> Clip:
+    """Return what a file holds, from its header and, for a video, its first frame, which alone knows the rotation.
+
+    Raises UserError for a file that is missing or neither a video nor an image.
+    """
+    path = Path(path)
+    if is_image(path):
+        with _image(path) as image:
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION) in _SIDEWAYS:
+                width, height = height, width
+        return Clip(path, width, height, 1, 0.0)
+    with _video(path) as (container, stream):
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        count = stream.frames or (math.floor(_seconds(container, stream) * fps + 0.5) if fps else 0)
+        first = next(container.decode(stream), None)
+        if first is None or not fps or not count:
+            raise UserError(f"{path}: no frame can be read; the file is damaged or truncated, make it again")
+        width, height = _shown(stream, first.width, first.height)
+        if first.rotation % 180:
+            width, height = height, width
+    return Clip(path, width, height, count, fps)
+
+
+def read_frames(
+    path: str | Path, count: int, *, fps: float | None, size: tuple[int, int], offset: float | None = None
+) -> Tensor:
+    """Return uint8 ``[count, 3, height, width]``: what is shown at ``offset + k / fps`` seconds.
+
+    ``fps`` None is the file's own rate; ``offset`` None takes the middle of the clip. ``size`` is (height, width): a
+    frame is scaled until it covers that, keeping its aspect, and cropped at the centre. Frames are chosen by their time
+    stamps while decoding; only those chosen are kept. Raises UserError for a file that is damaged or too short.
+    """
+    path = Path(path)
+    if is_image(path):
+        if count != 1:
+            raise UserError(f"{path}: is an image, {count} frames were asked for; an image has 1")
+        with _image(path) as image:
+            return torch.from_numpy(_fit(_upright(image), size))[None]
+    clip = probe(path)
+    rate = fps or clip.fps
+    have = clip.length(rate)
+    if have < count:
+        raise UserError(f"{path}: fills {have} frames at {rate:g} fps, {count} were asked for; use a longer clip")
+    if offset is None:
+        offset = max(0.0, ((clip.frames - 1) / clip.fps - (count - 1) / rate) / 2)
+    out = torch.empty((count, 3, *size), dtype=torch.uint8)
+    # Containers round time stamps; a frame that comes this little late is still on time.
+    times = [offset + k / rate + 0.25 / clip.fps for k in range(count)]
+    filled = _fill(out, path, times, 1 / clip.fps, size, seek=offset > _SEEK)
+    if filled < 0:  # the key frame found lies behind the beginning
+        filled = _fill(out, path, times, 1 / clip.fps, size, seek=False)
+    if filled < count:
+        raise UserError(
+            f"{path}: ends before {offset + filled / rate:.2f} s, though its header tells of {clip.frames} frames at "
+            f"{clip.fps:g} fps; the file is truncated, make it again"
+        )
+    return out
+
+
+def _fill(out: Tensor, path: Path, times: Sequence[float], duration: float, size: tuple[int, int], seek: bool) -> int:
+    """Write the frame shown at each of ``times`` into ``out``; return how many there were, -1 if seeking overshot."""
+    at = 0
+    with _video(path) as (container, stream):
+        if seek:
+            container.seek(int((times[0] - duration + _start(stream)) / stream.time_base), stream=stream)
+        for number, (frame, begin, end) in enumerate(_spans(container, stream, duration)):
+            if seek and not number and begin > times[0]:
+                return -1
+            chosen = at
+            while at < len(times) and times[at] < end:
+                at += 1
+            if at > chosen:
+                if frame.is_corrupt:
+                    raise UserError(f"{path}: the frame at {begin:.2f} s is damaged; make the file again")
+                out[chosen:at] = torch.from_numpy(_fit(_picture(frame, stream), size))
+            if at == len(times):
+                break
+    return at
+
+
+def _spans(container: Any, stream: Any, duration: float) -> Iterator[tuple[Any, float, float]]:
+    """Yield each frame with the seconds from and to which it is shown; the last stays for ``duration``."""
+    start = _start(stream)
+    held, begin = None, 0.0
+    for frame in container.decode(stream):
+        if frame.pts is not None:
+            time = float(frame.pts * stream.time_base) - start
+            if held is not None:
+                yield held, begin, time
+            held, begin = frame, time
+    if held is not None:
+        yield held, begin, begin + 1.25 * duration
+
+
+def write_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float) -> None:
+    """Write uint8 frames, each ``[3, height, width]``, as an mp4 (h264, yuv420p); the file appears when it is complete.
+
+    An iterable is consumed frame by frame. Raises UserError for no frames or an odd height or width.
+    """
+    import av
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with av.open(str(draft), "w", format="mp4") as container:
+            stream: Any = None
+            for frame in frames:
+                _, height, width = frame.shape
+                if stream is None:
+                    if height % 2 or width % 2:
+                        raise UserError(f"{path}: {height}x{width} frames; h264 needs an even height and width")
+                    stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001))
+                    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                    stream.options = {"crf": "17"}
+                pixels = np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy())
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            if stream is None:
+                raise UserError(f"{path}: no frames to write")
+            container.mux(stream.encode(None))
+        _publish(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def contact_sheet(path: str | Path, rows: Sequence[Tensor]) -> None:
+    """Write rows of frames, each uint8 ``[frames, 3, height, width]``, as one PNG; sizes may differ between rows."""
+    from PIL import Image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = max(_GAP + (row.shape[3] + _GAP) * len(row) for row in rows)
+    sheet = Image.new("RGB", (width, _GAP + sum(row.shape[2] + _GAP for row in rows)), "white")
+    top = _GAP
+    for row in rows:
+        for column, frame in enumerate(row):
+            picture = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()))
+            sheet.paste(picture, (_GAP + column * (row.shape[3] + _GAP), top))
+        top += row.shape[2] + _GAP
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        sheet.save(draft, format="PNG")
+        _publish(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@contextmanager
+def _video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video's container and first video stream; what goes wrong inside is the file's fault."""
+    import av
+
+    _exists(path)
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: holds no video stream; give a video or an image")
+            yield container, container.streams.video[0]
+    except (av.FFmpegError, EOFError) as error:
+        raise UserError(f"{path}: not a readable video ({_reason(error)}); it is damaged or truncated") from None
+
+
+@contextmanager
+def _image(path: Path) -> Iterator[Any]:
+    from PIL import Image
+
+    _exists(path)
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({_reason(error)}); it is damaged or truncated") from None
+
+
+def _exists(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(said.split())[:120]
+
+
+def _start(stream: Any) -> float:
+    return float(stream.start_time * stream.time_base) if stream.start_time else 0.0
+
+
+def _seconds(container: Any, stream: Any) -> float:
+    """Return a video's duration: the stream's, the container's, or, where neither says, that of its packets."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return container.duration / 1e6
+    ends = [(p.pts + (p.duration or 0)) * stream.time_base for p in container.demux(stream) if p.pts is not None]
+    container.seek(0)
+    return float(max(ends, default=Fraction(0))) - _start(stream)
+
+
+def _shown(stream: Any, width: int, height: int) -> tuple[int, int]:
+    """Return a frame's size with square pixels."""
+    ratio = stream.sample_aspect_ratio
+    return (round(width * ratio), height) if ratio else (width, height)
+
+
+def _picture(frame: Any, stream: Any) -> Any:
+    """Return a decoded frame as a Pillow image, with square pixels and upright."""
+    from PIL import Image
+
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    shown = _shown(stream, *image.size)
+    if shown != image.size:
+        image = image.resize(shown, Image.Resampling.BICUBIC)
+    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    turn = turns.get(frame.rotation % 360)
+    return image if turn is None else image.transpose(turn)
+
+
+def _upright(image: Any) -> Any:
+    """Return an image in RGB, turned as its EXIF data says, transparency on white, 16-bit grey scaled to 8."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _fit(image: Any, size: tuple[int, int]) -> Any:
+    """Return uint8 ``[3, height, width]``: the largest centred part with the aspect of ``size``, resampled to it."""
+    from PIL import Image
+
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).transpose(2, 0, 1).copy()

@@ -1,0 +1,20 @@
+"""Adaptive layer norm: shift, scale and gate that depend on the sample (Peebles and Xie 2022, arXiv:2212.09748).
+
+``x`` and ``y`` are ``[tokens, batch, width]``, modulations ``[batch, width]``; sums are in the wider dtype of the two.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .norm import layer_norm
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Return ``layer_norm(x) * (1 + scale) + shift`` in ``x``'s dtype; the norm has no parameters of its own."""
+    return (layer_norm(x, None, None, eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return ``x + y * gate`` in ``x``'s dtype."""
+    return (x + y * gate).to(x.dtype)

@@ -1,0 +1,141 @@
+"""Encoders small enough for a CPU, in the layout of the published ones: for tests and the demonstration."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mindspeed_model_core.tensorfile import write_json
+from torch import Tensor, nn
+
+from .encoders import Encoders
+
+TEXT_WIDTH = 32
+IMAGE_WIDTH, IMAGE_TOKENS = 20, 5
+LATENTS = 16
+
+_IMAGE_SIZE, _PATCH = 28, 14
+
+
+def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
+    """Write ``vae/``, ``text_encoder/``, ``tokenizer/`` and, with ``image``, ``image_encoder/``: always the same ones.
+
+    The VAE has the published strides and 16 latent channels; text embeddings are 32 wide, one token a letter; images
+    become 5 tokens, 20 wide.
+    """
+    from diffusers import AutoencoderKLWan
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    folder = Path(folder)
+    vae = AutoencoderKLWan(base_dim=8, z_dim=LATENTS, num_res_blocks=1)
+    _randomise(vae, 1, gain=1.0).save_pretrained(folder / "vae")
+
+    tokenizer = _letters()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+    _randomise(text, 2, gain=1.0).save_pretrained(folder / "text_encoder")
+    if image:
+        clip = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=IMAGE_WIDTH,
+                intermediate_size=2 * IMAGE_WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                image_size=_IMAGE_SIZE,
+                patch_size=_PATCH,
+                hidden_act="gelu",
+            )
+        )
+        _randomise(clip, 3, gain=1.0).save_pretrained(folder / "image_encoder")
+        _write_processor(folder / "image_processor")
+    return folder
+
+
+def train_tiny_vae(folder: str | Path, clips: Sequence[Tensor], steps: int = 200) -> float:
+    """Train the VAE of a folder to reconstruct ``clips``, each uint8 ``[F, 3, H, W]``; return its PSNR on them in dB.
+
+    Afterwards the published statistics are replaced by those of these clips' latents, so that they are normalised.
+    """
+    encoders = Encoders(folder)
+    vae = encoders.vae.requires_grad_(True).train()
+    videos = [clip[None].transpose(1, 2).float() / 127.5 - 1 for clip in clips]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        video = videos[step % len(videos)]
+        z = vae.encode(video).latent_dist.mode()
+        # Noise keeps the latents from hiding detail in digits that a sampler cannot hit.
+        noise = torch.randn(z.shape, generator=generator) * 0.05
+        # Not clamped as decode() does: a saturated pixel would get no gradient.
+        error = (vae.decode(z + noise).sample - video).square().mean() + 1e-4 * z.square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    vae.requires_grad_(False).eval()
+    with torch.no_grad():
+        latents = [vae.encode(video).latent_dist.mode()[0].flatten(1) for video in videos]
+        errors = [(vae.decode(vae.encode(v).latent_dist.mode()).sample - v).square().mean() for v in videos]
+    values = torch.cat(latents, 1)
+    vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).clamp_min(1e-3).tolist())
+    vae.save_pretrained(Path(folder) / "vae")
+    return -10 * math.log10(float(torch.stack(errors).mean()) / 4)
+
+
+def _randomise(model: nn.Module, seed: int, gain: float) -> Any:
+    """Give every parameter a value that depends on no version's initialisation and keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() < 2 or "gamma" in name:
+                scale = name.endswith(("weight", "gamma"))
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1 + (1.0 if scale else 0.0))
+            else:
+                inputs = 1 if "embed" in name or "relative" in name else weight[0].numel()
+                weight.copy_(torch.randn(weight.shape, generator=generator) * gain / math.sqrt(inputs))
+    return model.eval()
+
+
+def _letters() -> Any:
+    """Return a T5 tokenizer whose words are the printable characters: pad 0, end 1, unknown 2."""
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -2.0)]
+    pieces += [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def _write_processor(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": _IMAGE_SIZE},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_convert_rgb": True,
+    }
+    write_json(folder / "preprocessor_config.json", settings)

@@ -1,0 +1,236 @@
+"""Wan2.1's weight tables: diffusers' layout and the original release, which differ in names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.layout import Cat, Layout, Op, Reshape, Row, Same, Table
+from mindspeed_model_core.recipe import validate
+from mindspeed_model_core.tensorfile import Safetensors, read_json, write_json
+
+from .config import Wan21Config
+from .model import TEXT_TOKENS, Wan21
+
+# Our modules with weight and bias, and their name in diffusers' and in the original layout.
+_LAYERS = {
+    "patches.proj": ("patch_embedding", "patch_embedding"),
+    "time.up": ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    "time.out": ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    "time.modulations": ("condition_embedder.time_proj", "time_projection.1"),
+    "text.up": ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    "text.out": ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    "blocks.*.cross_norm": ("blocks.*.norm2", "blocks.*.norm3"),
+    "blocks.*.self_attention.out": ("blocks.*.attn1.to_out.0", "blocks.*.self_attn.o"),
+    "blocks.*.cross_attention.q": ("blocks.*.attn2.to_q", "blocks.*.cross_attn.q"),
+    "blocks.*.cross_attention.out": ("blocks.*.attn2.to_out.0", "blocks.*.cross_attn.o"),
+    "blocks.*.mlp.up": ("blocks.*.ffn.net.0.proj", "blocks.*.ffn.0"),
+    "blocks.*.mlp.down": ("blocks.*.ffn.net.2", "blocks.*.ffn.2"),
+    "head.proj": ("proj_out", "head.head"),
+}
+# Those that stack several of theirs, which are named after the stem by a letter.
+_STACKS = {
+    "blocks.*.self_attention.qkv": (("blocks.*.attn1.to_", "qkv"), ("blocks.*.self_attn.", "qkv")),
+    "blocks.*.cross_attention.kv": (("blocks.*.attn2.to_", "kv"), ("blocks.*.cross_attn.", "kv")),
+}
+# Parameters of another name than weight and bias, or alone.
+_PLAIN = {
+    "blocks.*.self_attention.q_norm.weight": ("blocks.*.attn1.norm_q.weight", "blocks.*.self_attn.norm_q.weight"),
+    "blocks.*.self_attention.k_norm.weight": ("blocks.*.attn1.norm_k.weight", "blocks.*.self_attn.norm_k.weight"),
+    "blocks.*.cross_attention.q_norm.weight": ("blocks.*.attn2.norm_q.weight", "blocks.*.cross_attn.norm_q.weight"),
+    "blocks.*.cross_attention.k_norm.weight": ("blocks.*.attn2.norm_k.weight", "blocks.*.cross_attn.norm_k.weight"),
+    "blocks.*.modulation.table": ("blocks.*.scale_shift_table", "blocks.*.modulation"),
+    "head.modulation.table": ("scale_shift_table", "head.modulation"),
+}
+_IMAGE = "condition_embedder.image_embedder."
+_IMAGE_LAYERS = {
+    "image.norm": (_IMAGE + "norm1", "img_emb.proj.0"),
+    "image.up": (_IMAGE + "ff.net.0.proj", "img_emb.proj.1"),
+    "image.out": (_IMAGE + "ff.net.2", "img_emb.proj.3"),
+    "image.out_norm": (_IMAGE + "norm2", "img_emb.proj.4"),
+}
+_IMAGE_PLAIN = {
+    "blocks.*.cross_attention.image_k_norm.weight": (
+        "blocks.*.attn2.norm_added_k.weight",
+        "blocks.*.cross_attn.norm_k_img.weight",
+    ),
+}
+_IMAGE_KV = (
+    ("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj"),
+    ("blocks.*.cross_attn.k_img", "blocks.*.cross_attn.v_img"),
+)
+_POSITIONS = (_IMAGE + "pos_embed", "img_emb.emb_pos")
+_HUB, _ORIGINAL = 0, 1
+
+
+def _rows(config: Wan21Config, which: int) -> Iterator[Row]:
+    reshapes = _reshapes(config)
+    pairs: list[tuple[str, str | tuple[str, ...]]] = []
+    for ours, theirs in {**_LAYERS, **(_IMAGE_LAYERS if config.image_dim else {})}.items():
+        pairs += [(f"{ours}.{leaf}", f"{theirs[which]}.{leaf}") for leaf in ("weight", "bias")]
+    for ours, stems in _STACKS.items():
+        stem, letters = stems[which]
+        pairs += [
+            (f"{ours}.{leaf}", tuple(f"{stem}{letter}.{leaf}" for letter in letters)) for leaf in ("weight", "bias")
+        ]
+    pairs += [(ours, theirs[which]) for ours, theirs in _PLAIN.items()]
+    if config.image_dim:
+        pairs += [(ours, theirs[which]) for ours, theirs in _IMAGE_PLAIN.items()]
+        pairs += [
+            (f"blocks.*.cross_attention.image_kv.{leaf}", tuple(f"{name}.{leaf}" for name in _IMAGE_KV[which]))
+            for leaf in ("weight", "bias")
+        ]
+    if config.pos_embed_seq_len:
+        pairs.append(("image.positions", _POSITIONS[which]))
+    for ours, names in pairs:
+        yield Row(ours, names, Cat() if isinstance(names, tuple) else reshapes.get(ours, Same()))
+
+
+def _reshapes(config: Wan21Config) -> Mapping[str, Op]:
+    """Return what both layouts keep in another shape: a convolution's kernel, and tables with a leading 1."""
+    width, channels, patch = config.width, config.in_channels, config.patch_size
+    kernel = (width, channels, *patch)
+    out: dict[str, Op] = {
+        "patches.proj.weight": Reshape(kernel, (width, channels * patch[0] * patch[1] * patch[2])),
+        "blocks.*.modulation.table": Reshape((1, 6, width), (6, width)),
+        "head.modulation.table": Reshape((1, 2, width), (2, width)),
+    }
+    if config.pos_embed_seq_len and config.image_dim:
+        shape = (config.pos_embed_seq_len, config.image_dim)
+        out["image.positions"] = Reshape((1, *shape), shape)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ hub
+
+_FOLDER = "transformer"
+_HUB_FIXED: dict[str, Any] = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
+_HUB_FIELDS = tuple(Wan21Config.model_fields)
+
+
+def _transformer(folder: Path) -> Path:
+    return folder / _FOLDER if (folder / _FOLDER / "config.json").is_file() else folder
+
+
+def _is_hub(folder: Path) -> bool:
+    path = _transformer(folder) / "config.json"
+    return path.is_file() and read_json(path).get("_class_name") == "WanTransformer3DModel"
+
+
+def read_hub_config(folder: Path) -> Wan21Config:
+    """Read the transformer's config.json; UserError names a setting that Wan2.1 does not have."""
+    path = _transformer(folder) / "config.json"
+    raw = read_json(path)
+    for key, value in _HUB_FIXED.items():
+        if raw.get(key, value) != value:
+            raise UserError(f"{path}: {key}={raw[key]!r} is not supported, Wan2.1 has {key}={value!r}")
+    values = {key: raw[key] for key in _HUB_FIELDS if raw.get(key) is not None}
+    config = validate(Wan21Config, values, str(path))
+    added = config.width if config.image_dim else None
+    if raw.get("added_kv_proj_dim") != added:
+        raise UserError(
+            f"{path}: added_kv_proj_dim={raw.get('added_kv_proj_dim')!r} is not supported, Wan2.1 has {added} here"
+        )
+    return config
+
+
+def write_hub_config(config: Wan21Config, folder: Path, dtype: torch.dtype) -> None:
+    """Write the transformer's config.json as diffusers does."""
+    write_json(
+        folder / _FOLDER / "config.json",
+        {
+            "_class_name": "WanTransformer3DModel",
+            "_diffusers_version": "0.35.0",
+            **config.model_dump(mode="json"),
+            "added_kv_proj_dim": config.width if config.image_dim else None,
+            **_HUB_FIXED,
+        },
+    )
+
+
+HUB = Layout(
+    name="hub",
+    describe="transformer/config.json with transformer/diffusion_pytorch_model.safetensors",
+    build=Wan21,
+    table=lambda config: Table(*_rows(config, _HUB)),
+    detect=_is_hub,
+    read_config=read_hub_config,
+    write_config=write_hub_config,
+    files=Safetensors("diffusion_pytorch_model", _FOLDER),
+    loose=("rope_max_seq_len",),
+)
+
+# ------------------------------------------------------------------------------------------------ original
+
+_FIELDS = {
+    "num_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "ffn_dim": "ffn_dim",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "freq_dim": "freq_dim",
+    "eps": "eps",
+}
+_FILES = Safetensors("diffusion_pytorch_model")
+
+
+def _is_original(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("_class_name") == "WanModel"
+
+
+def read_original_config(folder: Path) -> Wan21Config:
+    """Read the release's config.json; the widths of text and image, which it does not state, come from the tensors."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("text_len", TEXT_TOKENS) != TEXT_TOKENS:
+        raise UserError(f"{path}: text_len={raw['text_len']!r} is not supported, Wan2.1 has {TEXT_TOKENS}")
+    values = {ours: raw[theirs] for ours, theirs in _FIELDS.items() if theirs in raw}
+    for key in ("dim", "num_heads"):
+        if not isinstance(raw.get(key), int) or raw[key] < 1:
+            raise UserError(f"{path}: {key}={raw.get(key)!r}: expected a positive whole number")
+    if raw["dim"] % raw["num_heads"]:
+        raise UserError(f"{path}: dim={raw['dim']} does not divide by num_heads={raw['num_heads']}")
+    values["attention_head_dim"] = raw["dim"] // raw["num_heads"]
+    tensors = _FILES.open(folder)
+    held = set(tensors.names())
+
+    def size(name: str, dim: int) -> int:
+        if name not in held:
+            raise UserError(f"{folder}: missing key {name!r}")
+        return tensors.shape(name)[dim]
+
+    values["text_dim"] = size("text_embedding.0.weight", 1)
+    if raw.get("model_type", "t2v") != "t2v":
+        values["image_dim"] = size("img_emb.proj.0.weight", 0)
+        if _POSITIONS[_ORIGINAL] in held:
+            values["pos_embed_seq_len"] = size(_POSITIONS[_ORIGINAL], 1)
+    return validate(Wan21Config, values, str(path))
+
+
+def write_original_config(config: Wan21Config, folder: Path, dtype: torch.dtype) -> None:
+    """Write the config.json of the original release."""
+    kind = {"none": "t2v", "first": "i2v", "first-last": "flf2v"}[config.conditioning]
+    raw = {theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()}
+    write_json(
+        folder / "config.json",
+        {"_class_name": "WanModel", "model_type": kind, "dim": config.width, "text_len": TEXT_TOKENS, **raw},
+    )
+
+
+ORIGINAL = Layout(
+    name="original",
+    describe="config.json of WanModel with diffusion_pytorch_model.safetensors",
+    build=Wan21,
+    table=lambda config: Table(*_rows(config, _ORIGINAL)),
+    detect=_is_original,
+    read_config=read_original_config,
+    write_config=write_original_config,
+    files=_FILES,
+    silent=("rope_max_seq_len", "patch_size"),
+)
+
+LAYOUTS = (HUB, ORIGINAL)

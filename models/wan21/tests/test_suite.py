@@ -1,0 +1,140 @@
+"""Wan2.1 against core's suite and diffusers: text-to-video, image-to-video, first and last frame to video."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mindspeed_model_core.data.features import FeatureWriter, write_index
+from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent
+from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.testing.tolerance import FP64
+from mindspeed_model_core.trunk import Batch, Trunk
+from mindspeed_model_wan21 import MODEL
+from mindspeed_model_wan21.task import Wan21Recipe
+from torch import Tensor, nn
+
+# 2 x 3 x 5 = 30 tokens for layouts that need an even number; 45, of which neither 2 nor 4 ranks hold equal shares.
+EVEN, ODD = (2, 6, 10), (3, 6, 10)
+CONTEXT = {
+    "cp2": (2, {"cp": 2}),
+    "cp4": (4, {"cp": 4}),
+    "tp2-cp2": (4, {"tp": 2, "cp": 2}),
+    "cp2-dp2-zero3": (4, {"cp": 2, "shard": "zero3"}),
+    "tp2-cp2-pp2": (8, {"tp": 2, "cp": 2, "pp": 2}),
+}
+
+
+def features(folder: Path, config: Any) -> Path:
+    """Write random features of six clips in two shapes, as the prepare command leaves them."""
+    if folder.exists():
+        return folder
+    draw = torch.Generator().manual_seed(1)
+    with FeatureWriter(folder) as writer:
+        for number in range(6):
+            shape = (config.out_channels, *(EVEN if number % 3 else (1, 6, 10)))
+            tensors = {
+                "latents": torch.randn(shape, generator=draw),
+                "text": torch.randn(3 + number, config.text_dim, generator=draw),
+            }
+            if config.image_dim:
+                tensors["image"] = torch.randn(5, config.image_dim, generator=draw)
+                tensors["condition"] = torch.randn(shape, generator=draw)
+            writer.add(f"{number:08d}-clip", tensors)
+    write_index(folder, {"conditioning": config.conditioning})
+    return folder
+
+
+class Wan21Suite(ModelSuite):
+    model = MODEL
+    reference_options = {"subfolder": "transformer"}
+    parameter_counts = {
+        "t2v-1.3b": 1_418_996_800,
+        "t2v-14b": 14_288_491_584,
+        "i2v-1.3b": 1_564_428_608,
+        "i2v-14b": 16_394_878_784,
+        "flf2v-14b": 16_395_536_704,
+        "tiny-t2v": 231_936,
+        "tiny-i2v": 272_524,
+    }
+
+    def recipe(self, folder: Path, **changes: Any) -> Wan21Recipe:
+        data = {} if folder == Path(".") else {"path": str(features(folder / "features", self.config()))}
+        fields: dict[str, Any] = {
+            "preset": self.preset,
+            "precision": "fp32",
+            "steps": 4,
+            "global_batch": 4,
+            "data": data,
+            "metrics": {"trackers": ()},
+        }
+        return Wan21Recipe(**{**fields, **changes})
+
+    def batch(self, config: Any, seed: int, grid: tuple[int, int, int] = EVEN) -> Batch:
+        draw = torch.Generator().manual_seed(seed)
+        samples = 1 + seed % 2
+        batch = {
+            "x": torch.randn(samples, config.in_channels, *grid, generator=draw),
+            "time": 1000 * torch.rand(samples, generator=draw),
+            "text": torch.randn(samples, 512, config.text_dim, generator=draw),
+            "velocity": torch.randn(samples, config.out_channels, *grid, generator=draw),
+            "weight": torch.rand(samples, generator=draw),
+        }
+        if config.image_dim is not None:
+            tokens = config.pos_embed_seq_len or 5
+            batch["image"] = torch.randn(samples, tokens, config.image_dim, generator=draw)
+        return batch
+
+    def job(self, **changes: Any) -> Job:
+        """Train with short texts: 512 tokens would be most of the work."""
+        job = super().job(**changes)
+        return replace(job, batches=lambda step: [{**b, "text": b["text"][:, :9]} for b in job.batches(step)])
+
+    def reference(self, config: Any) -> nn.Module:
+        from diffusers import WanTransformer3DModel
+
+        added = config.width if config.image_dim else None
+        return WanTransformer3DModel(**config.model_dump(), added_kv_proj_dim=added)
+
+    def reference_run(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        image = batch.get("image")
+        if image is not None and network.config.pos_embed_seq_len:
+            # diffusers takes the tokens of the two frames as two images.
+            image = image.unflatten(1, (2, -1)).flatten(0, 1)
+        out = network(
+            hidden_states=batch["x"],
+            timestep=batch["time"],
+            encoder_hidden_states=batch["text"],
+            encoder_hidden_states_image=image,
+            return_dict=False,
+        )[0]
+        losses = ((out - batch["velocity"]) ** 2).mean((1, 2, 3, 4)) * batch["weight"]
+        return out, losses.sum()
+
+    def outputs(self, net: Trunk, batch: Batch) -> Tensor:
+        return net(batch)  # type: ignore[return-value]
+
+
+class TestTextToVideo(Wan21Suite):
+    preset = "tiny-t2v"
+
+    @pytest.mark.dist
+    @pytest.mark.parametrize("spread", CONTEXT)
+    def test_context_parallelism_equals_one_process(self, spread: str) -> None:
+        """Tokens that the ranks cannot share evenly, alone and with the other axes."""
+        job = self.job(batches=lambda step: [self.batch(self.config(), 8 * step + i, ODD) for i in range(8)])
+        assert_equivalent(job, *CONTEXT[spread], FP64)
+
+
+class TestImageToVideo(Wan21Suite):
+    preset = "tiny-i2v"
+    variants = ({}, {"pos_embed_seq_len": 10})
+    layouts = {
+        "tp2-sequence": LAYOUTS["tp2-sequence"],
+        "pp2": LAYOUTS["pp2"],
+        "cp2": CONTEXT["cp2"],
+        "tp2-sequence-pp2-dp2-zero3": LAYOUTS["tp2-sequence-pp2-dp2-zero3"],
+    }
