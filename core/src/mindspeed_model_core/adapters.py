@@ -120,7 +120,8 @@ def _open_run(path: Path, model: Model, config: Any, ema: bool) -> Adapters:
     if section is None:
         raise UserError(f"{path}: is a run of whole weights, not of adapters")
     theirs = recipes.validate(type(config), opened.config, f"{path}: config")
-    weights.agree(path, theirs, config, "the network to adapt", model)
+    loose = tuple(field for layout in model.layouts for field in (*layout.loose, *layout.silent))
+    weights.agree(path, theirs, config, "the network to adapt", model, loose)
     choice = recipes.validate(LoraConfig, section, f"{path}: lora")
     linears = lora.targets(weights.on_meta(model.build, config), choice)
     pairs: dict[str, tuple[Pair | None, ...]] = {}
@@ -220,8 +221,8 @@ class _Said:
         if values.get("peft_type", "LORA") != "LORA":
             raise UserError(f"{file}: peft_type={values['peft_type']!r} is not supported, only 'LORA'")
         for key, plain in _PLAIN.items():
-            if (values.get(key) or None) not in (plain, plain or None):
-                raise UserError(f"{file}: {key}={values[key]!r} is not supported, only {key}={plain!r}")
+            if (found := values.get(key)) not in (None, [], plain):
+                raise UserError(f"{file}: {key}={found!r} is not supported, only {key}={plain!r}")
         return cls(file, values)
 
     def rank(self, module: str) -> int | None:
