@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``step-00000010`` of PyTorch's distributed checkpoint format, plus ``run.json``. It is written
 under a temporary name and renamed when every rank is done, so a folder with the final name is complete. Values are
-the fp32 masters and moments, named and laid out as whole parameters; each rank writes the rectangles it holds.
+the fp32 masters, moments and moving averages, named and laid out as whole parameters; each rank writes the
+rectangles it holds. What is frozen stays where the run had it from: a run of adapters holds adapters alone.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ def _state(shards: dict[str, Shard], optimizer: AdamW, *, to_write: bool = False
     """Return what this process holds; of what several hold alike, ``to_write`` keeps its share."""
     from .dcp import Rectangles
 
-    out = {f"model.{name}": Rectangles(s.master, s) for name, s in shards.items() if s.writes or not to_write}
-    for shard in optimizer.shards:
-        if to_write and not shard.writes:
-            continue
+    mine = [s for s in shards.values() if s.trainable and (s.writes or not to_write)]
+    out = {f"model.{s.name}": Rectangles(s.master, s) for s in mine}
+    averages = {} if optimizer.average is None else optimizer.average.values()
+    out |= {f"ema.{s.name}": Rectangles(averages[s.name], s) for s in mine if averages}
+    for shard in mine:
         for key, value in optimizer.moments(shard).items():
             out[f"optim.{shard.name}.{key}"] = Rectangles(value, shard)
     return out
@@ -202,11 +204,12 @@ def load(path: Path, shards: dict[str, Shard], optimizer: AdamW, mesh: Mesh) -> 
 
 @dataclass
 class Weights:
-    """The whole parameters of a checkpoint, read one at a time."""
+    """The whole parameters of a checkpoint, or with ``kind="ema"`` their moving averages, read one at a time."""
 
     path: Path
     info: dict[str, Any]
     metadata: Metadata
+    kind: str = "model"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -215,26 +218,33 @@ class Weights:
 
     def names(self) -> list[str]:
         """Return the parameters' names."""
-        return [key.removeprefix("model.") for key in self.metadata.state_dict_metadata if key.startswith("model.")]
+        start = f"{self.kind}."
+        return [key.removeprefix(start) for key in self.metadata.state_dict_metadata if key.startswith(start)]
 
     def shape(self, name: str) -> torch.Size:
         """Return a parameter's whole shape."""
-        return self.metadata.state_dict_metadata[f"model.{name}"].size  # type: ignore[union-attr]
+        return self.metadata.state_dict_metadata[f"{self.kind}.{name}"].size  # type: ignore[union-attr]
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype a parameter was saved in: its master's."""
-        return self.metadata.state_dict_metadata[f"model.{name}"].properties.dtype  # type: ignore[union-attr]
+        return self.metadata.state_dict_metadata[f"{self.kind}.{name}"].properties.dtype  # type: ignore[union-attr]
 
     def read(self, name: str) -> Tensor:
         """Return a whole parameter in the dtype it was saved in."""
         from . import dcp
 
-        return dcp.load_whole(f"model.{name}", self.path, self.metadata)
+        return dcp.load_whole(f"{self.kind}.{name}", self.path, self.metadata)
 
 
-def open_weights(path: Path) -> Weights:
-    """Open the weights of a checkpoint folder, or of the newest checkpoint in a run's folder."""
+def open_weights(path: Path, *, ema: bool = False) -> Weights:
+    """Open the weights of a checkpoint folder, or of the newest checkpoint in a run's folder.
+
+    With ``ema`` their moving average; UserError if the run kept none.
+    """
     from . import dcp
 
     path = locate(path)
-    return Weights(path, read_info(path), dcp.read_metadata(path))
+    weights = Weights(path, read_info(path), dcp.read_metadata(path), "ema" if ema else "model")
+    if ema and not weights.names():
+        raise UserError(f"{path}: holds no moving average; the run was trained without optim.ema")
+    return weights

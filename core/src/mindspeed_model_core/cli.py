@@ -195,7 +195,8 @@ def app(model: Model) -> typer.Typer:
         console = Console()
         with console.capture() as captured:
             console.print(f"\ndigest      {resolved.digest()}", highlight=False)
-            console.print(f"parameters  {plan.parameters:,}\n", highlight=False)
+            learn = "" if plan.trainable == plan.parameters else f", of which {plan.trainable:,} are trained"
+            console.print(f"parameters  {plan.parameters:,}{learn}\n", highlight=False)
             console.print(plan.title, style="italic", highlight=False)
             console.print(plan.table())
             for note in plan.notes:
@@ -243,10 +244,12 @@ def app(model: Model) -> typer.Typer:
         help=_help(
             "Write weights in another layout.",
             "The source is a hub folder, an original release or a run's checkpoint; which one is detected. Weights are "
-            "streamed: memory stays small whatever the size.",
+            "streamed: memory stays small whatever the size. A run of adapters becomes a folder of adapters; "
+            "--merge-lora adds adapters to the source's weights.",
             f"{prog} convert runs/first/checkpoints/step-00001000 exported --layout hub",
             f"{prog} convert path/to/hub-folder released --layout original",
             f"{prog} convert runs/first exported --layout hub --dtype bf16",
+            f"{prog} convert path/to/hub-folder merged --layout hub --merge-lora runs/adapters",
         )
     )
     def convert(
@@ -265,6 +268,13 @@ def app(model: Model) -> typer.Typer:
         shards: Annotated[
             int | None, typer.Option(metavar="N", help="Number of files, where the layout leaves it open.")
         ] = None,
+        merge_lora: Annotated[
+            Path | None,
+            typer.Option(metavar="ADAPTERS", help="Add these to the weights: a folder of adapters, or a run of them."),
+        ] = None,
+        ema: Annotated[
+            bool, typer.Option("--ema", help="Take the run's moving average (optim.ema) in place of its weights.")
+        ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     ) -> None:
         from .weights import DTYPES
@@ -292,6 +302,8 @@ def app(model: Model) -> typer.Typer:
                 dtype=None if dtype is None else DTYPES[dtype],
                 shards=shards,
                 overwrite=overwrite,
+                merge_lora=merge_lora,
+                ema=ema,
                 progress=lambda done, total: shown.update(task, completed=done, total=total),
             )
         typer.echo(f"{destination}: written in layout {layout}")

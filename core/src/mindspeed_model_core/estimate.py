@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from . import lora
 from .model import Model
 from .parallel.apply import COMPUTE, MASTER, check
 from .parallel.context import ContextParallel, ContextShared
@@ -49,6 +50,7 @@ class Estimate:
     """What a recipe needs on ``world`` devices; ``memory`` is of pipeline stage ``stage``, the one that needs most."""
 
     parameters: int
+    trainable: int
     world: int
     tp: int
     cp: int
@@ -90,8 +92,10 @@ def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
     parallel = recipe.parallel
     with torch.device("meta"):
         net = model.build(model.config(recipe))
+    if recipe.lora is not None:
+        lora.attach(net, recipe.lora)
     check(net, parallel, world)
-    parameters = sum(p.numel() for p in net.parameters())
+    parameters, trainable = _count(net.parameters()), _count(p for p in net.parameters() if p.requires_grad)
     dp = world // parallel.model
     steps = max(1, recipe.global_batch // (recipe.micro_batch * dp))
     _narrow(net, parallel)
@@ -103,6 +107,7 @@ def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
     worst = max(range(parallel.pp), key=lambda stage: stages[stage].total)
     return Estimate(
         parameters,
+        trainable,
         world,
         parallel.tp,
         parallel.cp,
@@ -141,7 +146,8 @@ def _narrow(net: Trunk, parallel: ParallelConfig) -> None:
     for name, placement in list(placements(net)):
         owner, _, leaf = name.rpartition(".")
         whole = modules[owner].get_parameter(leaf)
-        setattr(modules[owner], leaf, nn.Parameter(placement.narrow(whole.detach(), 0, parallel.tp)))
+        share = placement.narrow(whole.detach(), 0, parallel.tp)
+        setattr(modules[owner], leaf, nn.Parameter(share, requires_grad=whole.requires_grad))
     alone = _Alone(None, 0, parallel.tp, parallel.sequence)
     for module in net.modules():
         if hasattr(module, "placements"):
@@ -158,6 +164,9 @@ class _Alone(TensorParallel):
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
         y = self._reduce(F.linear(x, weight), sequence)
         return y if bias is None else y + bias
+
+    def enter(self, x: Tensor, sequence: bool) -> Tensor:
+        return x.repeat(self.size if sequence else 1, *[1] * (x.ndim - 1))
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         mine = tokens < len(weight)
@@ -203,7 +212,7 @@ class _Column(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ranks: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(*((x, weight) if weight.requires_grad else (weight,)))
         return x.new_empty(len(x) * ranks, *x.shape[1:-1], len(weight))
 
 
@@ -373,24 +382,33 @@ def _states(
 ) -> Memory:
     """Return weights, gradients and optimizer states as ``parallel.apply`` and ``optim`` lay them out.
 
+    Frozen parameters are weights in the compute dtype and nothing else; a moving average is one more fp32 master.
+
     Without ZeRO, weights are in the compute dtype, gradients in the master's, and a master of another dtype is apart.
     With it (FSDP2), masters, moments and reduced gradients are shards; zero1 and zero2 hold all weights gathered, zero1
     also all gradients, in fp32, while it accumulates; zero3 holds two blocks gathered and what is in no block.
     """
     compute, master = COMPUTE[recipe.precision].itemsize, MASTER[recipe.precision].itemsize
     everything = [p for block in blocks for p in block] + rest
-    whole = _count(everything)
+    learning = [p for p in everything if p.requires_grad]
+    whole, learned = _count(everything), _count(learning)
+    average = max(master, 4) if recipe.optim.ema is not None else 0
     shard = recipe.parallel.shard
     if shard == "none" or not spread:
         apart = master if master != compute else 0
-        return Memory(compute * whole, master * whole, (apart + 2 * master) * whole, 0, 0)
-    own = sum(-(-p.shape[0] // replicas) * (p.numel() // p.shape[0]) for p in everything if p.numel())
+        return Memory(compute * whole, master * learned, (apart + 2 * master + average) * learned, 0, 0)
+    own = _count_shares(learning, replicas)
+    frozen = compute * _count_shares([p for p in everything if not p.requires_grad], replicas)
     gathered = whole
     if shard == "zero3":
         gathered = sum(sorted((_count(b) for b in blocks), reverse=True)[:2]) + _count(rest)
     accumulates = recipe.global_batch > recipe.micro_batch * replicas // recipe.parallel.cp
-    gradients = master * own + (max(master, 4) * whole if shard == "zero1" and accumulates else 0)
-    return Memory(compute * gathered, gradients, 3 * master * own, 0, 0)
+    gradients = master * own + (max(master, 4) * learned if shard == "zero1" and accumulates else 0)
+    return Memory(compute * gathered + frozen, gradients, (3 * master + average) * own, 0, 0)
+
+
+def _count_shares(parameters: Iterable[Tensor], replicas: int) -> int:
+    return sum(-(-p.shape[0] // replicas) * (p.numel() // p.shape[0]) for p in parameters if p.numel())
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -225,6 +225,27 @@ def _one(config: Any, shards: int | None) -> int:
 
 
 @dataclass(frozen=True)
+class AdapterFormat:
+    """A published form of low-rank adapters: its file, and what precedes a module's name in its keys.
+
+    Rank and scale are in adapter_config.json, or with ``in_file`` in the metadata of the file itself.
+    """
+
+    name: str
+    file: str
+    prefix: str
+    in_file: bool = False
+
+    def detect(self, folder: Path) -> bool:
+        """Whether a folder holds adapters in this form."""
+        return (folder / self.file).is_file()
+
+
+PEFT = AdapterFormat("peft", "adapter_model.safetensors", "base_model.model.")
+DIFFUSERS = AdapterFormat("diffusers", "pytorch_lora_weights.safetensors", "transformer.", in_file=True)
+
+
+@dataclass(frozen=True)
 class Layout:
     """A published form of a model: file names, tensor names, and where its configuration is written.
 
@@ -232,7 +253,7 @@ class Layout:
     the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
     weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
     the layout has beside ours; ``extras`` names files copied along from the source; ``shards`` gives the number of
-    files.
+    files; ``adapter`` is the form adapters of the layout's modules are published in, if there is one.
     """
 
     name: str
@@ -248,3 +269,4 @@ class Layout:
     extra: Callable[[Any, torch.dtype], Mapping[str, Tensor]] = lambda config, dtype: {}
     extras: tuple[str, ...] = ()
     shards: Callable[[Any, int | None], int] = _one
+    adapter: AdapterFormat | None = None

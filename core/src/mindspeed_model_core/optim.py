@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .ema import Average
 from .parallel.apply import Parallel
 from .parallel.shard import Shard
 from .recipe import OptimConfig
@@ -28,12 +29,13 @@ class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over a process's shards.
 
     Matrices decay, vectors do not. Moments and update are in the master's dtype; a parameter that computes in another
-    dtype gets its new value from the master.
+    dtype gets its new value from the master. ``average`` is the masters' moving average, if the recipe asks for one.
     """
 
     def __init__(self, parallel: Parallel, config: OptimConfig) -> None:
         self.parallel, self.config = parallel, config
-        self.shards = [s for s in parallel.shards.values() if s.parameter.requires_grad]
+        self.shards = [s for s in parallel.shards.values() if s.trainable]
+        self.average = Average(self.shards, config.ema) if config.ema is not None else None
         groups = [
             {"params": [s.master for s in self.shards if len(s.shape) > 1], "weight_decay": config.weight_decay},
             {"params": [s.master for s in self.shards if len(s.shape) <= 1], "weight_decay": 0.0},
@@ -48,6 +50,8 @@ class AdamW:
             # No gradient is a gradient of zero: moments, decay and step count are then the same under every layout.
             gradient = shard.gradient
             shard.master.grad = torch.zeros_like(shard.master) if gradient is None else gradient
+        if self.average is not None:
+            self.average.values()
         norm = self.clip()
         for group in self.inner.param_groups:
             group["lr"] = lr
@@ -58,6 +62,8 @@ class AdamW:
         if split:
             with torch.no_grad():
                 torch._foreach_copy_([s.local for s in split], [s.master for s in split])
+        if self.average is not None:
+            self.average.update()
         return norm
 
     def clip(self) -> Tensor:

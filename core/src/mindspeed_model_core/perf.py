@@ -196,7 +196,10 @@ def measure(recipe: Recipe, model: Model, *, steps: int = 10, warmup: int = 3, s
 
     mesh = open_mesh(recipe.parallel)
     try:
-        opened = Session(recipe.model_copy(update={"init_from": None}), model, mesh, synthetic=True)
+        changes: dict[str, Any] = {"init_from": None}
+        if recipe.lora is not None:
+            changes["lora"] = recipe.lora.model_copy(update={"init_from": None})
+        opened = Session(recipe.model_copy(update=changes), model, mesh, synthetic=True)
         opened.start()
         return _measure(recipe, model, opened, steps, warmup)
     finally:

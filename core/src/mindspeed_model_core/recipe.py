@@ -59,6 +59,11 @@ class ParallelConfig(Section):
         return self
 
 
+def optional(default: Any = None, **kwargs: Any) -> Any:
+    """Declare a field that enters the digest only when it is set: recipes from before it keep theirs."""
+    return Field(default, json_schema_extra={"digest": "set"}, **kwargs)
+
+
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -70,6 +75,26 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of lr")
+    ema: float | None = optional(
+        gt=0, lt=1, description="decay of a moving average of the weights, kept in fp32; null: none"
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on frozen weights: rank, scale, where."""
+
+    rank: PositiveInt = Field(16, description="width between the two factors")
+    alpha: float | None = Field(None, gt=0, description="the update counts alpha / rank; null: rank, so 1")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs dropped in training")
+    targets: tuple[str, ...] = Field(
+        (), description="globs of linear layers, by whole name or what follows a dot (qkv, mlp.*); empty: all in blocks"
+    )
+    init_from: str | None = Field(None, description="an adapter folder or a run of adapters; null: random")
+
+    @property
+    def scale(self) -> float:
+        """Return what the update is multiplied by."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
 
 
 class CheckpointConfig(Section):
@@ -129,6 +154,7 @@ class Recipe(Section):
         "nothing", description="what recomputed blocks keep all the same: attention's results are small and dear"
     )
     deterministic: bool = False
+    lora: LoraConfig | None = optional(description="train adapters instead of the weights, which init_from names")
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -152,6 +178,8 @@ def _work(section: BaseModel) -> dict[str, Any]:
         if isinstance(extra, dict) and extra.get("digest") is False:
             continue
         value = getattr(section, name)
+        if value is None and isinstance(extra, dict) and extra.get("digest") == "set":
+            continue
         out[name] = _work(value) if isinstance(value, BaseModel) else section.model_dump(mode="json")[name]
     return out
 
@@ -222,11 +250,17 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
 def _section(kind: type[BaseModel], path: list[str]) -> type[BaseModel]:
     for part in path:
         field = kind.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = _inner(field.annotation) if field else None
+        if inner is None:
             break
         kind = inner
     return kind
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """Return the section a field holds, also where it may be null."""
+    choices = (annotation, *get_args(annotation))
+    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _assign(kind: type[BaseModel], values: dict[str, Any], key: str, value: Any) -> None:
@@ -237,10 +271,11 @@ def _assign(kind: type[BaseModel], values: dict[str, Any], key: str, value: Any)
             break
         if part not in here.model_fields:
             raise UserError(f"{key}={value!r}: unknown key {part!r}{nearest(part, here.model_fields)}")
-        inner = here.model_fields[part].annotation
-        here = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        here = _inner(here.model_fields[part].annotation)
     for part in path:
         child = values.setdefault(part, {})
+        if child is None:
+            child = values[part] = {}
         if not isinstance(child, dict):
             raise UserError(f"{key}={value!r}: {part!r} is a value, not a section")
         values = child

@@ -311,9 +311,18 @@ def open_safetensors(path: Path) -> dict[str, Slot]:
     return slots
 
 
-def create_safetensors(path: Path, specs: Mapping[str, Spec]) -> tuple[File, dict[str, Slot]]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the strings a safetensors file keeps beside its tensors; the file must have been opened as one."""
+    file = File(path)
+    (length,) = struct.unpack("<Q", file.read(0, 8))
+    return json.loads(file.read(8, length)).get("__metadata__") or {}
+
+
+def create_safetensors(
+    path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
+) -> tuple[File, dict[str, Slot]]:
     """Lay out a safetensors file, its data still zeros."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for name, spec in specs.items():
         end = offset + spec.nbytes

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, weights
+from . import adapters, checkpoint, lora, weights
 from . import device as devices
 from .errors import UserError
 from .metrics import Recorder, StepRecord
@@ -79,7 +79,7 @@ class Session:
             devices.be_deterministic()
         self.config = model.config(recipe)
         self.task = model.task(recipe, self.config)
-        self.number = 0
+        self.number, self.synthetic = 0, synthetic
         open_data = self.task.synthetic if synthetic else self.task.data
         self.loader = open_data(mesh.dp_rank, mesh.dp)
         self.parallel = prepare(recipe, model, mesh)
@@ -90,13 +90,25 @@ class Session:
 
     def start(self) -> None:
         """Give the network its first weights: from ``init_from``, or random."""
-        if self.recipe.init_from is None:
-            apply.initialise(self.parallel, self.recipe.seed)
+        recipe, shards = self.recipe, self.parallel.shards
+        self._start_base()
+        if recipe.lora is None:
             return
-        shards = self.parallel.shards
+        if recipe.lora.init_from is None:
+            apply.initialise(self.parallel, recipe.seed, of=lora.is_factor)
+        else:
+            adapters.load(shards, recipe.lora.init_from, self.model, self.config, recipe.lora)
+
+    def _start_base(self) -> None:
+        recipe, shards = self.recipe, self.parallel.shards
+        if recipe.init_from is None:
+            if not self.synthetic:
+                _check_base(recipe)
+            apply.initialise(self.parallel, recipe.seed, of=lambda name: not lora.is_factor(name))
+            return
         weights.load(
             self.parallel.net,
-            Path(self.recipe.init_from),
+            Path(recipe.init_from),
             self.model,
             tp_rank=self.mesh.tp_rank,
             tp=self.mesh.tp,
@@ -104,7 +116,9 @@ class Session:
         )
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint saved under any layout."""
+        """Continue from a checkpoint saved under any layout; what adapters adapt is read from ``init_from`` again."""
+        if self.recipe.lora is not None:
+            self._start_base()
         info = checkpoint.load(path, self.parallel.shards, self.optimizer, self.mesh)
         self.loader.load_state_dict(info["data"])
         self.number = int(info["step"])
@@ -185,6 +199,8 @@ def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
     """Build the recipe's network on meta and make this process's part of it; values are still to be written."""
     with torch.device("meta"):
         net = model.build(model.config(recipe))
+    if recipe.lora is not None:
+        lora.attach(net, recipe.lora)
     return apply.parallelize(
         net,
         mesh,
@@ -360,8 +376,8 @@ class _Report:
 def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> Path | None:
     """Return the checkpoint a run would resume from, or None to start afresh; nothing is loaded or written.
 
-    UserError for a folder in use (unless ``resume``), a checkpoint of another network, seed, precision or batch, and
-    an ``init_from`` that is not this network's.
+    UserError for a folder in use (unless ``resume``), a checkpoint of another network, seed, precision, batch, base or
+    form of adapters, and an ``init_from`` that is not this network's.
     """
     _check_folder(folder)
     found = checkpoint.steps(folder / "checkpoints")
@@ -371,7 +387,13 @@ def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> 
                 f"{folder}: already holds a run; continue it with --resume, or name another folder with --run-dir"
             )
         raise UserError(f"{folder}: is not empty and holds no run; name a new folder with --run-dir")
+    if recipe.lora is not None:
+        _check_base(recipe)
+        lora.targets(weights.on_meta(model.build, model.config(recipe)), recipe.lora)
     if not resume or not found:
+        if recipe.lora is not None and recipe.lora.init_from is not None:
+            source = weights.check_folder(recipe.lora.init_from, "lora.init_from=")
+            adapters.check_source(source, model, model.config(recipe), recipe.lora)
         if recipe.init_from is not None:
             weights.check_source(weights.check_folder(recipe.init_from, "init_from="), model, model.config(recipe))
         return None
@@ -390,7 +412,37 @@ def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> 
                 f"{key}={now}: the run was saved with {saved}; resume with that, or begin another run from its weights "
                 f"with init_from={last}"
             )
+    _check_kept(last, info["recipe"], recipe)
     return last
+
+
+def _check_base(recipe: Recipe) -> None:
+    if recipe.lora is not None and recipe.init_from is None:
+        raise UserError("init_from: lora trains adapters of given weights; name their folder with init_from=FOLDER")
+
+
+def _check_kept(last: Path, saved: dict[str, Any], recipe: Recipe) -> None:
+    """Raise UserError unless a checkpoint holds what the recipe trains: all weights or adapters, average or none."""
+    before, now = saved.get("lora"), recipe.lora
+    if (before is None) != (now is None):
+        held, wanted = ("whole weights", "adapters") if before is None else ("adapters", "whole weights")
+        raise UserError(f"{last}: holds {held}, the recipe trains {wanted} (lora); name another folder with --run-dir")
+    if before is not None and now is not None:
+        for key, value in now.model_dump(mode="json", include={"rank", "alpha", "targets"}).items():
+            if before[key] != value:
+                raise UserError(f"lora.{key}={value}: the run was saved with {before[key]}; resume with that")
+        if saved["init_from"] != recipe.init_from:
+            raise UserError(
+                f"init_from={recipe.init_from}: the run adapts {saved['init_from']}; resume with that, or begin "
+                f"another run with lora.init_from={last}"
+            )
+    average = (saved.get("optim") or {}).get("ema")
+    if (average is None) != (recipe.optim.ema is None):
+        held = "no moving average" if average is None else f"a moving average of decay {average}"
+        value = "null" if recipe.optim.ema is None else recipe.optim.ema
+        raise UserError(
+            f"optim.ema={value}: {last} holds {held}; resume with optim.ema={'null' if average is None else average}"
+        )
 
 
 def _check_folder(folder: Path) -> None:

@@ -14,22 +14,25 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from . import lora
 from . import recipe as recipes
 from .errors import UserError, nearest
-from .layout import Bound, Layout, Part, Row, Source, Table
+from .layout import AdapterFormat, Bound, Layout, Part, Row, Source, Table
 from .parallel.placement import Placement, placements
 from .recipe import Section
 from .tensorfile import Spec, Writer
 
 if TYPE_CHECKING:
+    from .adapters import Adapters
     from .model import Model
 
 _WORKERS = 2
+N = TypeVar("N", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,19 +68,25 @@ def check_folder(source: str | Path, field: str = "") -> Path:
     raise UserError(f"{field}{source}: no such folder; a model on the hub must be downloaded first, {hint}")
 
 
-def open_source(source: str | Path, model: Model, *, preset: str | None = None) -> Opened:
+def open_source(source: str | Path, model: Model, *, preset: str | None = None, ema: bool = False) -> Opened:
     """Detect what a folder is (a run's checkpoint or one of the model's layouts) and open it, reading no weights.
 
-    With ``preset``, the folder must be of that size. UserError names the file, key or field that is wrong.
+    With ``preset``, the folder must be of that size; with ``ema``, a run whose moving average is meant. UserError names
+    the file, key or field that is wrong.
     """
     from .checkpoint import is_checkpoint, open_weights
 
     path = check_folder(source)
     wanted = model.preset(preset) if preset else None
     if is_checkpoint(path):
-        run = _Run(path, open_weights(path))
+        run = _Run(path, open_weights(path, ema=ema))
         if run.model not in (None, model.name):
             raise UserError(f"{path}: is a checkpoint of {run.model}, not of {model.name}")
+        if run.lora:
+            raise UserError(
+                f"{path}: holds adapters alone; continue them with lora.init_from={path}, or merge them into "
+                f"{run.base or 'their base'} with: convert BASE DST --layout NAME --merge-lora {path}"
+            )
         kind = type(next(iter(model.presets.values())))
         config: Any = recipes.validate(kind, run.config, f"{path}: config")  # type: ignore[type-var]
         opened = Opened(
@@ -85,6 +94,8 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None) 
         )
         loose: tuple[str, ...] = ()
     else:
+        if ema:
+            raise UserError(f"{path}: is not a run, so it has no moving average")
         layout = next((x for x in model.layouts if x.detect(path)), None)
         if layout is None:
             known = ", ".join(f"{x.name} ({x.describe})" if x.describe else x.name for x in model.layouts)
@@ -96,7 +107,7 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None) 
         opened = Opened(path, config, layout.table(config), layout.files.open(path), layout, path)
         loose = (*layout.loose, *layout.silent)
     if wanted is not None:
-        _agree(path, config, wanted, f"preset {preset!r}", model, loose)
+        agree(path, config, wanted, f"preset {preset!r}", model, loose)
     return opened
 
 
@@ -116,7 +127,7 @@ def _complete(config: Any, layout: Layout, model: Model, wanted: Section | None)
     return config
 
 
-def _agree(path: Path, config: Any, wanted: Any, whose: str, model: Model, loose: tuple[str, ...]) -> None:
+def agree(path: Path, config: Any, wanted: Any, whose: str, model: Model, loose: tuple[str, ...] = ()) -> None:
     """Raise unless two configurations are equal but for ``loose`` fields, naming the first that differs."""
     got, want = config.model_dump(exclude=set(loose)), wanted.model_dump(exclude=set(loose))
     for key in want:
@@ -137,6 +148,7 @@ class _Run:
         self.config: dict[str, Any] = dict(opened.config)
         info = getattr(opened, "info", {})
         self.model, recipe = info.get("model"), info.get("recipe") or {}
+        self.lora, self.base = recipe.get("lora"), recipe.get("init_from")
         self.tokenizer = (recipe.get("data") or {}).get("tokenizer") or recipe.get("init_from")
 
     def names(self) -> list[str]:
@@ -159,10 +171,15 @@ class _Run:
         return whole if length is None else whole.narrow(dim, start, length)
 
 
+def on_meta(build: Callable[[Any], N], config: Any) -> N:
+    """Return the uncut network, built without memory."""
+    with torch.device("meta"):
+        return build(config)
+
+
 def whole(build: Callable[[Any], nn.Module], config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, Placement]]:
     """Return the shape and placement of every parameter of the uncut network, built without memory."""
-    with torch.device("meta"):
-        net = build(config)
+    net = on_meta(build, config)
     return {name: tuple(p.shape) for name, p in net.named_parameters()}, dict(placements(net))
 
 
@@ -195,7 +212,7 @@ def check_source(source: str | Path, model: Model, config: Any) -> Opened:
     """Open a folder of weights, reading none; UserError names the first field in which its network is another."""
     opened = open_source(source, model)
     loose = (*opened.layout.loose, *opened.layout.silent) if opened.layout else ()
-    _agree(opened.path, opened.config, config, "this network", model, loose)
+    agree(opened.path, opened.config, config, "this network", model, loose)
     return opened
 
 
@@ -210,16 +227,16 @@ def load(
 ) -> None:
     """Read a network's parameters from a hub folder, an original release or a run's checkpoint.
 
-    Only names that ``net`` has are read (it may be one pipeline stage), and of each only rank ``tp_rank``'s slice of
-    ``tp``. Each is copied into its parameter, or given to ``write(name, tensor)`` on the CPU in the folder's dtype, so
-    that a master of more precision than its parameter loses nothing. UserError names the file and key, or the field
-    in which folder and network disagree.
+    Only names that ``net`` has are read (it may be one pipeline stage; adapters are left alone), and of each only rank
+    ``tp_rank``'s slice of ``tp``. Each is copied into its parameter, or given to ``write(name, tensor)`` on the CPU in
+    the folder's dtype, so that a master of more precision than its parameter loses nothing. UserError names the file
+    and key, or the field in which folder and network disagree.
     """
     opened = check_source(source, model, net.config)
     shapes, where = whole(model.build, net.config)
     bounds = opened.table.bind(shapes)
     check(opened, bounds)
-    targets = dict(net.named_parameters())
+    targets = {name: p for name, p in net.named_parameters() if not lora.is_factor(name)}
 
     def fetch(name: str) -> Tensor:
         place = where[name]
@@ -313,7 +330,7 @@ def save(
     bounds = layout.table(config).bind(shapes)
     count = layout.shards(config, shards)
     pairs = iter(tensors() if callable(tensors) else tensors)
-    with _folder(Path(destination), overwrite, (layout,)) as folder:
+    with new_folder(Path(destination), overwrite, (layout,)) as folder:
         writer: Writer | None = None
         left = set(bounds)
         try:
@@ -356,6 +373,8 @@ def convert(
     shard_bytes: int = 5_000_000_000,
     extras_from: str | Path | None = None,
     overwrite: bool = False,
+    merge_lora: str | Path | None = None,
+    ema: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Turn a hub folder, an original release or a run's checkpoint into one of the model's layouts.
@@ -363,9 +382,18 @@ def convert(
     Weights keep their bits unless ``dtype`` asks for another type. Tensors that both layouts hold alike are copied as
     bytes; our own (fused) form is made only where the two cut a parameter differently. ``progress(done, total)``
     counts bytes. The folder appears whole or not at all; UserError names the file, key or field that is wrong.
+
+    A run of adapters becomes a folder of adapters. ``merge_lora`` names adapters to add to the weights. ``ema`` takes
+    the moving average of the run that is the source, or of the adapters that are merged.
     """
+    from . import adapters
+
     layout = find_layout(model, layout) if isinstance(layout, str) else layout
-    opened = open_source(source, model, preset=preset)
+    if merge_lora is None and adapters.is_run(source):
+        adapters.convert(source, destination, model, layout, dtype=dtype, ema=ema, overwrite=overwrite)
+        return
+    opened = open_source(source, model, preset=preset, ema=ema and merge_lora is None)
+    merged = None if merge_lora is None else adapters.open_adapters(merge_lora, model, opened.config, ema=ema)
     shapes, _ = whole(model.build, opened.config)
     bounds, goals = opened.table.bind(shapes), layout.table(opened.config).bind(shapes)
     check(opened, bounds)
@@ -374,19 +402,21 @@ def convert(
     specs: dict[str, Spec] = {}
     for name, goal in goals.items():
         bound = bounds[name]
+        change = merged if merged is not None and name.removesuffix(".weight") in merged.pairs else None
         alike = bound.dim == goal.dim and [p.size for p in bound.parts] == [p.size for p in goal.parts]
+        alike = alike and change is None
         for theirs, part in zip(bound.parts if alike else bound.parts[:1] * len(goal.parts), goal.parts, strict=True):
             specs[part.name] = Spec(dtype or tensors.dtype(theirs.name), part.shape)
             if alike:
                 jobs.append(_Job(specs[part.name].nbytes, [part.name], theirs, part))
         if not alike:
             names = [part.name for part in goal.parts]
-            jobs.append(_Job(sum(specs[n].nbytes for n in names), names, bound, goal))
+            jobs.append(_Job(sum(specs[n].nbytes for n in names), names, bound, goal, change))
     common = max(specs.values(), key=lambda spec: spec.nbytes).dtype
     count = layout.shards(opened.config, shards)
     extra = layout.extra(opened.config, common)
     total, done = sum(job.nbytes for job in jobs), 0
-    with _folder(Path(destination), overwrite, model.layouts, source=opened.path) as folder:
+    with new_folder(Path(destination), overwrite, model.layouts, source=opened.path) as folder:
         writer = _create(folder, layout, specs, extra, count, shard_bytes)
         # A checkpoint's reader is not ours to call from several threads.
         pool = ThreadPoolExecutor(_WORKERS if opened.layout else 1)
@@ -413,11 +443,15 @@ class _Job:
     names: list[str]
     here: Part | Bound
     there: Part | Bound
+    adapters: Adapters | None = None
 
     def run(self, tensors: Source, writer: Writer, specs: Mapping[str, Spec]) -> None:
         here, there = self.here, self.there
         if isinstance(here, Bound) and isinstance(there, Bound):
-            for name, part in there.split(read(tensors, here)):
+            ours = read(tensors, here)
+            if self.adapters is not None:
+                ours = self.adapters.add(here.name.removesuffix(".weight"), ours)
+            for name, part in there.split(ours):
                 writer.write(name, part.to(specs[name].dtype))
         elif isinstance(here, Part) and isinstance(there, Part):
             same = here.op == there.op
@@ -454,10 +488,13 @@ def _copy_extras(origin: str | Path | None, layout: Layout, folder: Path) -> Non
 
 
 @contextmanager
-def _folder(
-    destination: Path, overwrite: bool, layouts: tuple[Layout, ...], source: Path | None = None
+def new_folder(
+    destination: Path, overwrite: bool, layouts: Sequence[Layout | AdapterFormat], source: Path | None = None
 ) -> Iterator[Path]:
-    """Give a temporary folder that becomes ``destination`` if all goes well and is removed if not."""
+    """Give a temporary folder that becomes ``destination`` if all goes well and is removed if not.
+
+    With ``overwrite`` it may replace a folder in one of the layouts.
+    """
     target = Path(os.path.realpath(destination))
     if source is not None:
         origin = Path(os.path.realpath(source))
@@ -495,7 +532,7 @@ def _folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _vacant(destination: Path, target: Path, overwrite: bool, layouts: tuple[Layout, ...]) -> None:
+def _vacant(destination: Path, target: Path, overwrite: bool, layouts: Sequence[Layout | AdapterFormat]) -> None:
     """Raise UserError if something is at the destination that may not be replaced."""
     if not os.path.lexists(target):
         return

@@ -515,7 +515,7 @@ def test_a_runs_checkpoint_is_a_source(net: Toy, tmp_path: Path, monkeypatch: An
     (tmp_path / "step").mkdir()
     run = FakeRun(net)
     fake: Any = types.ModuleType("mindspeed_model_core.checkpoint")
-    fake.is_checkpoint, fake.open_weights = (lambda path: path.name == "step"), (lambda path: run)
+    fake.is_checkpoint, fake.open_weights = (lambda path: path.name == "step"), (lambda path, ema=False: run)
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     for layout in ("plain", "turned"):
         weights.convert(tmp_path / "step", tmp_path / layout, MODEL, layout)

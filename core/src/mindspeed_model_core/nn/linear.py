@@ -16,7 +16,8 @@ class Linear(nn.Linear):
 
     ``parts`` are sizes of projections stacked in the output (q, k, v), each shared out on its own; ``unit`` is the
     smallest block that must stay whole, such as a head's width. Sequence parallelism shares out the tokens of the
-    input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video.
+    input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video. ``lora``
+    is an adapter, once one is attached.
     """
 
     tp: TensorParallel | None = None
@@ -34,6 +35,7 @@ class Linear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.split, self.parts, self.unit, self.tokens = split, parts, unit, tokens
+        self.lora: nn.Module | None = None
 
     def placements(self) -> dict[str, Placement]:
         """Return where each parameter's elements live."""
@@ -51,6 +53,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[tokens, ..., in]`` to ``[tokens, ..., out]``; under TP one of the two is this rank's share."""
+        y = self._project(x)
+        return y if self.lora is None else y + self.lora(x)
+
+    def _project(self, x: Tensor) -> Tensor:
         if self.tp is None or self.split is None:
             return F.linear(x, self.weight, self.bias)
         if self.split == "out":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import lora
 from ..errors import UserError
 from ..recipe import ParallelConfig, Precision
 from ..trunk import Trunk
@@ -66,6 +67,7 @@ def check(net: Trunk, parallel: ParallelConfig, world: int) -> None:
     if blocks % parallel.pp:
         fits = [n for n in range(1, blocks + 1) if blocks % n == 0]
         raise UserError(f"parallel.pp={parallel.pp}: does not divide the {blocks} blocks; valid: {_list(fits)}")
+    lora.check_stages(net, parallel.pp)
     shapes = {n: p.shape for n, p in net.named_parameters()}
     cuts = [
         (part // placement.unit, "heads" if placement.unit > 1 else "features", name)
@@ -127,16 +129,13 @@ def parallelize(
     net.recompute = recompute if isinstance(recompute, int) else {"none": 0, "all": len(net.blocks)}[recompute]
     sharded = parallel.shard != "none" and bool(mesh.groups)
     compute, master = COMPUTE[precision], MASTER[precision]
-    _cast(net, master if sharded else compute)
+    for parameter in net.parameters():
+        # What is frozen is only computed with.
+        parameter.data = parameter.data.to(master if sharded and parameter.requires_grad else compute)
     if sharded:
         _shard(net, mesh, parallel, compute, master)
     net.to_empty(device=mesh.device)
     return Parallel(net, mesh, parallel, collect(net, mesh, shapes, master_dtype=master), compute)
-
-
-def _cast(net: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in net.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
@@ -151,7 +150,7 @@ def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
             parameter = getattr(module, name)
             if parameter is not None and placement.dim is not None:
                 share = placement.narrow(parameter.detach(), mesh.tp_rank, mesh.tp)
-                setattr(module, name, nn.Parameter(share.contiguous()))
+                setattr(module, name, nn.Parameter(share.contiguous(), requires_grad=parameter.requires_grad))
         module.tp = tp
     net.sequence_ranks = mesh.tp if parallel.sequence else 1
 
@@ -189,14 +188,16 @@ def _shard(net: Trunk, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtyp
     fully_shard(net, mesh=axis, reshard_after_forward=False, mp_policy=policy)
 
 
-def initialise(parallel: Parallel, seed: int) -> None:
-    """Give every parameter its random initial value; the same whole network under any layout."""
+def initialise(parallel: Parallel, seed: int, of: Callable[[str], bool] = lambda name: True) -> None:
+    """Give every parameter (``of`` these names) its random initial value; the same whole network under any layout."""
     device = parallel.mesh.device
     for name, shard in parallel.shards.items():
+        if not of(name):
+            continue
         generator = torch.Generator(device).manual_seed(_seed(seed, name))
         whole = torch.empty(shard.shape, dtype=torch.float32, device=device)
         with torch.no_grad():
-            parallel.net.initialise(name, whole, generator)
+            (lora.initialise if lora.is_factor(name) else parallel.net.initialise)(name, whole, generator)
         shard.write(shard.placement.narrow(whole, shard.tp_rank, shard.tp))
 
 

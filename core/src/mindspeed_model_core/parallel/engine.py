@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import facade
@@ -57,8 +58,11 @@ def groups() -> dict[str, Any]:
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
     """Linear over shared-out output features; backward adds up the input gradient over ranks.
 
-    With ``sequence`` the input's tokens are gathered first and its gradient is scattered back.
+    With ``sequence`` the input's tokens are gathered first and its gradient is scattered back. A frozen weight gets no
+    gradient, and the input is then not kept.
     """
+    if not weight.requires_grad:
+        return F.linear(enter(x, sequence), weight, bias)
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
     return linear_with_grad_accumulation_and_async_allreduce(
@@ -69,6 +73,15 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool
         allreduce_dgrad=not sequence,
         sequence_parallel=sequence,
     )
+
+
+def enter(x: Tensor, sequence: bool) -> Tensor:
+    """Leave the input as it is, or with ``sequence`` join its tokens; backward adds up over tensor-parallel ranks."""
+    from megatron.core.tensor_parallel import mappings
+
+    if sequence:
+        return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
+    return mappings.copy_to_tensor_model_parallel_region(x)
 
 
 def reduce(x: Tensor, sequence: bool) -> Tensor:

@@ -23,8 +23,8 @@ class Shard:
 
     ``shape`` is the whole parameter's; tensor parallelism cuts it by ``placement``; FSDP2 over the replicas then
     takes ``rows`` of dim 0 of that. ``master`` is what the optimizer updates: the local tensor itself, or its fp32
-    copy where the parameter computes in bf16. Of the processes that hold the same, one has it ``counted`` in sums
-    over all, and one ``writes`` it into checkpoints: another one from parameter to parameter.
+    copy where a trainable parameter computes in bf16. Of the processes that hold the same, one has it ``counted`` in
+    sums over all, and one ``writes`` it into checkpoints: another one from parameter to parameter.
     """
 
     name: str
@@ -39,6 +39,11 @@ class Shard:
     writes: bool
     master: Tensor
     buffer: Tensor | None = None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the optimizer updates it; what it does not is frozen: no gradient, no master, in no checkpoint."""
+        return self.parameter.requires_grad
 
     @property
     def local(self) -> Tensor:
@@ -114,7 +119,7 @@ def collect(
         alike_tp, alike = mesh.tp if placement.dim is None else 1, 1 if sharded else mesh.replicas
         index = mesh.replica_rank % alike * alike_tp + mesh.tp_rank % alike_tp
         writes = number % (alike_tp * alike) == index
-        same = local.dtype == master_dtype
+        same = local.dtype == master_dtype or not parameter.requires_grad
         master = local if same else torch.empty_like(local, dtype=master_dtype)
         out[name] = Shard(
             name, parameter, placement, shapes[name], mesh.tp_rank, mesh.tp, rows, sharded, counted, writes, master
@@ -130,7 +135,7 @@ class Gradients:
     """
 
     def __init__(self, shards: dict[str, Shard], mesh: Mesh) -> None:
-        self.shards, self.mesh = list(shards.values()), mesh
+        self.shards, self.mesh = [s for s in shards.values() if s.trainable], mesh
         whole = [s for s in self.shards if not s.sharded]
         self.flat: dict[torch.dtype, Tensor] = {}
         split = {s.name: s for s in whole if s.master.dtype != s.parameter.dtype}

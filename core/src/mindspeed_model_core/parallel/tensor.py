@@ -25,6 +25,10 @@ class TensorParallel:
         """Apply this rank's output features to all tokens; with ``sequence`` ``x`` is this rank's share of them."""
         return engine.column_linear(x, weight, bias, sequence)
 
+    def enter(self, x: Tensor, sequence: bool) -> Tensor:
+        """Give all tokens to features that are shared out; backward adds up their gradients over ranks."""
+        return engine.enter(x, sequence)
+
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
         """Apply this rank's input features and add up over ranks; the bias is added once."""
         y = engine.reduce(F.linear(x, weight), sequence)

@@ -90,7 +90,8 @@ def trace(job: Job, layout: dict[str, Any]) -> Trace:
             dist.all_reduce(loss)
         parallel.gradients.reduce()
         if step == 0:
-            out.gradients = _pieces(parallel.shards, lambda s: s.gradient)
+            learning = {name: s for name, s in parallel.shards.items() if s.trainable}
+            out.gradients = _pieces(learning, lambda s: s.gradient)
         out.norms.append(float(optimizer.step(1e-2)))
         parallel.gradients.clear()
         out.losses.append(float(loss / count))

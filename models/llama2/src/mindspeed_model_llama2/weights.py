@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, HeadPermute, Layout, Row, Same, Table
+from mindspeed_model_core.layout import PEFT, Cat, HeadPermute, Layout, Row, Same, Table
 from mindspeed_model_core.recipe import validate
 from mindspeed_model_core.tensorfile import Consolidated, Safetensors, read_json, write_json
 from torch import Tensor
@@ -144,6 +144,7 @@ HUB = Layout(
     files=Safetensors(),
     loose=("max_position_embeddings", "initializer_range"),
     extras=(*TOKENIZER, "generation_config.json"),
+    adapter=PEFT,
 )
 
 # ------------------------------------------------------------------------------------------------ original

@@ -1,0 +1,157 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): ``y = W x + alpha / rank * B A x`` with W frozen.
+
+Adapters are added to a whole network on meta and declare placements like any layer, so that tensor, pipeline and data
+parallelism, recomputation, clipping and checkpoints take them as they take other parameters.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError, nearest
+from .nn.linear import Linear
+from .parallel.placement import Placement
+from .parallel.tensor import TensorParallel
+from .recipe import LoraConfig
+from .trunk import Trunk
+
+CHILD = "lora"
+
+
+class Adapter(nn.Module):
+    """The low-rank update of one Linear; projections stacked in its output have factors of their own.
+
+    ``a`` is ``[projections * rank, in]``, ``b`` ``[out, rank]``: rows are stacked as the weight's are, so that each
+    projection is a slice of both. What follows the weight's cut is ``b`` where the output is shared out, ``a`` where
+    the input is; the other factor is a replica.
+    """
+
+    tp: TensorParallel | None = None
+
+    def __init__(self, linear: Linear, config: LoraConfig) -> None:
+        super().__init__()
+        self.split, self.unit, self.tokens = linear.split, linear.unit, linear.tokens
+        self.parts = linear.parts or (linear.out_features,)
+        self.scale, self.dropout = config.scale, config.dropout
+        self.in_features = linear.in_features
+        self.a = nn.Parameter(torch.empty(len(self.parts) * config.rank, linear.in_features))
+        self.b = nn.Parameter(torch.empty(linear.out_features, config.rank))
+
+    def placements(self) -> dict[str, Placement]:
+        """Return where the factors live; a replica that sees this rank's tokens alone has a partial gradient."""
+        replica = Placement(partial=self._shares_tokens)
+        if self.split == "out":
+            return {"a": replica, "b": Placement(0, self.parts, self.unit)}
+        if self.split == "in":
+            return {"a": Placement(1, unit=self.unit), "b": replica}
+        return {"a": replica, "b": replica}
+
+    @property
+    def _shares_tokens(self) -> bool:
+        return self.tp is not None and self.tp.sequence and self.tokens == "own"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the Linear's input to what is added to its output."""
+        x = self._drop(x)
+        if self.tp is None or self.split is None:
+            low = F.linear(x, self.a)
+        elif self.split == "out":
+            # Only the few features between the factors cross ranks.
+            low = self.tp.enter(F.linear(x, self.a), self._shares_tokens)
+        else:
+            low = self.tp.row(x, self.a, None, self._shares_tokens)
+        rank, rows, whole = self.b.shape[1], self.b.shape[0], sum(self.parts)
+        pairs = zip(low.split(rank, -1), self.b.split([part * rows // whole for part in self.parts]), strict=True)
+        return self.scale * torch.cat([F.linear(z, b) for z, b in pairs], -1)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Drop inputs at random; tensor-parallel ranks draw the whole input's mask and each takes its share."""
+        if not (self.training and self.dropout):
+            return x
+        shape, dim = list(x.shape), -1 if self.split == "in" else 0
+        if self.tp is not None and (self.split == "in" or self._shares_tokens):
+            shape[dim] *= self.tp.size
+            dropped = (torch.rand(shape, device=x.device) < self.dropout).chunk(self.tp.size, dim)[self.tp.rank]
+        else:
+            dropped = torch.rand(shape, device=x.device) < self.dropout
+        return x.masked_fill(dropped, 0) / (1 - self.dropout)
+
+
+def attach(net: Trunk, config: LoraConfig) -> Trunk:
+    """Freeze a whole network on meta and add adapters to the Linears its targets name; return the network.
+
+    UserError for a pattern that names none, with the nearest names.
+    """
+    chosen = targets(net, config)
+    net.requires_grad_(False)
+    for linear in chosen.values():
+        with torch.device(linear.weight.device):
+            linear.lora = Adapter(linear, config)
+    return net
+
+
+def targets(net: Trunk, config: LoraConfig) -> dict[str, Linear]:
+    """Return the Linears that a recipe's patterns name, all of those in blocks if it has none."""
+    known = {name: module for name, module in net.named_modules() if isinstance(module, Linear)}
+    if not config.targets:
+        found = {name: module for name, module in known.items() if name.startswith("blocks.")}
+        if not found:
+            raise UserError("lora: the network's blocks hold no linear layer that takes adapters")
+        return found
+    chosen: set[str] = set()
+    for pattern in config.targets:
+        hits = {name for name in known if matches(name, pattern)}
+        if not hits:
+            raise UserError(f"lora.targets: {pattern!r} names no linear layer{nearest(pattern, _short(known))}")
+        chosen |= hits
+    return {name: module for name, module in known.items() if name in chosen}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob names a module: by its whole name or by what follows one of its dots."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
+
+
+def _short(names: Mapping[str, Linear]) -> list[str]:
+    """Return the names with a block's number as a star."""
+    return list(dict.fromkeys(".".join("*" if p.isdigit() else p for p in name.split(".")) for name in names))
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is an adapter's, by its name."""
+    return name.split(".")[-2:-1] == [CHILD]
+
+
+def adapters(net: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Yield every adapter with the name of the Linear it belongs to."""
+    for name, module in net.named_modules():
+        if isinstance(module, Adapter):
+            yield name.removesuffix(f".{CHILD}"), module
+
+
+def initialise(name: str, whole: Tensor, generator: torch.Generator) -> None:
+    """Fill a whole factor: A uniform in +-1 / sqrt(in), as peft's default, and B zero, so that training starts at W."""
+    if name.endswith(".b"):
+        whole.zero_()
+    else:
+        bound = 1 / math.sqrt(whole.shape[1])
+        whole.uniform_(-bound, bound, generator=generator)
+
+
+def check_stages(net: Trunk, pp: int) -> None:
+    """Raise UserError if an adapted network has a pipeline stage without adapters: it would have nothing to learn."""
+    with_adapters = [any(is_factor(n) for n, _ in block.named_parameters()) for block in net.blocks.children()]
+    per = len(with_adapters) // pp
+    empty = [stage for stage in range(pp) if any(with_adapters) and not any(with_adapters[stage * per :][:per])]
+    if pp > 1 and empty:
+        raise UserError(
+            f"parallel.pp={pp}: stage {empty[0]}, blocks {empty[0] * per} to {empty[0] * per + per - 1}, has no "
+            "adapter; widen lora.targets or lower parallel.pp"
+        )
