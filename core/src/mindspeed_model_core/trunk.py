@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from .errors import UserError
 from .parallel.context import ContextParallel
+from .parallel.tensor import even_share
 
 Batch = dict[str, Any]
 State = dict[str, Tensor]
@@ -74,12 +74,7 @@ class Trunk(nn.Module, ABC):
         """Return how many of a sample's tokens this process holds between tensor-parallel regions."""
         if self.cp is not None:
             tokens = self.cp.share(tokens)[1]
-        if tokens % self.sequence_ranks:
-            raise UserError(
-                f"parallel.sequence=true: {self.sequence_ranks} tensor-parallel ranks cannot share {tokens} tokens "
-                f"evenly; set parallel.sequence=false or choose sizes with a multiple of {self.sequence_ranks} tokens"
-            )
-        return tokens // self.sequence_ranks
+        return even_share(tokens, self.sequence_ranks)
 
     def forward(self, batch: Batch, state: State | None = None) -> Tensor | State:
         """Run the blocks this process holds: from ``state`` if given, to the output if the head is here."""

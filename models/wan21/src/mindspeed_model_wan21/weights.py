@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, Layout, Op, Reshape, Row, Same, Table
+from mindspeed_model_core.layout import DIFFUSERS, Cat, Layout, Op, Reshape, Row, Same, Table
 from mindspeed_model_core.recipe import validate
 from mindspeed_model_core.tensorfile import Safetensors, read_json, write_json
 
@@ -161,6 +161,7 @@ HUB = Layout(
     write_config=write_hub_config,
     files=Safetensors("diffusion_pytorch_model", _FOLDER),
     loose=("rope_max_seq_len",),
+    adapter=DIFFUSERS,
 )
 
 # ------------------------------------------------------------------------------------------------ original
