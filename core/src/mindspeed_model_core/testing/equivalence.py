@@ -109,17 +109,38 @@ def _pieces(shards: dict[str, Shard], of: Callable[[Shard], Tensor | None]) -> P
 
 
 def whole(parts: list[Pieces], like: Pieces) -> dict[str, Tensor]:
-    """Join what all ranks hold; elements nobody holds come out as nan, where ranks disagree the furthest one stays."""
-    out = {name: torch.full_like(pieces[0][1], float("nan")) for name, pieces in like.items()}
+    """Join what all ranks hold; where ranks disagree the furthest one stays, nan furthest of all.
+
+    AssertionError when nobody holds an element.
+    """
+    out = {name: torch.empty_like(pieces[0][1]) for name, pieces in like.items()}
+    held = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in out.items()}
     for part in parts:
         for name, pieces in part.items():
             want = like[name][0][1]
             for at, value in pieces:
                 here = tuple(slice(a, a + n) for a, n in zip(at, value.shape, strict=True))
                 old = out[name][here]
-                worse = old.isnan() | ((value - want[here]).abs() > (old - want[here]).abs())
+                worse = ~held[name][here] | (_far(value, want[here]) > _far(old, want[here]))
                 out[name][here] = torch.where(worse, value, old)
+                held[name][here] = True
+    for name, mask in held.items():
+        assert bool(mask.all()), f"{name}: nobody holds {int((~mask).sum())} of its {mask.numel()} elements"
     return out
+
+
+def _far(value: Tensor, want: Tensor) -> Tensor:
+    return (value - want).abs().nan_to_num(nan=float("inf"))
+
+
+def _assert_finite(got: Trace, who: str) -> None:
+    """Fail where a value is nan or infinite: comparisons with nan are false, and its maximum depends on the order."""
+    for what in ("losses", "norms"):
+        values = torch.tensor(getattr(got, what))
+        assert bool(values.isfinite().all()), f"{who}: {what} are not finite: {values.tolist()}"
+    for what in ("gradients", "parameters"):
+        for name, pieces in getattr(got, what).items():
+            assert all(bool(p.isfinite().all()) for _, p in pieces), f"{who}: {what} of {name} are not finite"
 
 
 def assert_equivalent(
@@ -130,8 +151,10 @@ def assert_equivalent(
     Without ``parameters`` they are left out: where gradients are rough, Adam turns a small one into a full step.
     """
     alone = trace(job, {})
+    _assert_finite(alone, "one process")
     spread = run_dist(trace, world, job, layout)
     for rank, got in enumerate(spread):
+        _assert_finite(got, f"rank {rank}")
         for what in ("losses", "norms"):
             pairs = zip(getattr(got, what), getattr(alone, what), strict=True)
             worst = max(abs(a - b) / abs(b) for a, b in pairs)
