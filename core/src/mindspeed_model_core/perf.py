@@ -195,15 +195,15 @@ def measure(recipe: Recipe, model: Model, *, steps: int = 10, warmup: int = 3, s
     from .train import Session
 
     mesh = open_mesh(recipe.parallel)
-    try:
-        changes: dict[str, Any] = {"init_from": None}
-        if recipe.lora is not None:
-            changes["lora"] = recipe.lora.model_copy(update={"init_from": None})
-        opened = Session(recipe.model_copy(update=changes), model, mesh, synthetic=True)
-        opened.start()
-        return _measure(recipe, model, opened, steps, warmup)
-    finally:
-        close_mesh(mesh)
+    changes: dict[str, Any] = {"init_from": None}
+    if recipe.lora is not None:
+        changes["lora"] = recipe.lora.model_copy(update={"init_from": None})
+    opened = Session(recipe.model_copy(update=changes), model, mesh, synthetic=True)
+    opened.start()
+    measured = _measure(recipe, model, opened, steps, warmup)
+    # Not after an error: the other ranks may be anywhere, and leaving the group would wait for them.
+    close_mesh(mesh)
+    return measured
 
 
 def _measure(recipe: Recipe, model: Model, session: Any, steps: int, warmup: int) -> Measurement:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,3 +187,20 @@ def test_the_stack_names_cann(tmp_path, monkeypatch):
     info.write_text("package_name=Ascend-cann-toolkit\nversion=8.5.0\n")
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path))
     assert "cann 8.5.0" in perf.stack()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_group_is_left_only_after_success(ticks, monkeypatch, fails):
+    """After an error the other ranks may be anywhere: leaving would wait for them."""
+    ticks[:] = [0, 1]
+    closed: list[Any] = []
+    mesh, session = FakeMesh(), FakeSession(FakeMesh())
+    opened = SimpleNamespace(mesh=mesh, task=session.task, start=lambda: None, step=session.step)
+    if fails:
+        monkeypatch.setattr(opened, "start", lambda: 1 / 0)
+    monkeypatch.setattr("mindspeed_model_core.parallel.mesh.open_mesh", lambda parallel: mesh)
+    monkeypatch.setattr("mindspeed_model_core.parallel.mesh.close_mesh", closed.append)
+    monkeypatch.setattr("mindspeed_model_core.train.Session", lambda *args, **kwargs: opened)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        perf.measure(Recipe(preset="tiny"), MODEL, steps=1, warmup=0)
+    assert closed == ([] if fails else [mesh])

@@ -30,6 +30,12 @@ def pick(kind: str | None = None) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    count = module(device).device_count()
+    if (device.index or 0) >= count:
+        raise UserError(
+            f"--nproc: process {device.index} of this machine has no {kind} device of its own, there "
+            f"{'is' if count == 1 else 'are'} {count}; start {count} or fewer on it, or set {VARIABLE}=cpu"
+        )
     module(device).set_device(device)
     return device
 
@@ -114,6 +120,11 @@ def memory_snapshot(device: torch.device, path: Path) -> bool:
     module(device).memory._dump_snapshot(str(path))
     module(device).memory._record_memory_history(enabled=None)
     return True
+
+
+def skips_updates(device: torch.device) -> bool:
+    """Return whether PyTorch's fused optimizers heed ``found_inf`` in the kernel; of torch_npu's it is not known."""
+    return device.type in ("cpu", "cuda")
 
 
 def be_deterministic() -> None:
