@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import device as devices
 from .ema import Average
 from .parallel.apply import Parallel
 from .parallel.shard import Shard
@@ -30,6 +31,7 @@ class AdamW:
 
     Matrices decay, vectors do not. Moments and update are in the master's dtype; a parameter that computes in another
     dtype gets its new value from the master. ``average`` is the masters' moving average, if the recipe asks for one.
+    A gradient whose norm is not finite updates neither masters nor moments, except on an NPU.
     """
 
     def __init__(self, parallel: Parallel, config: OptimConfig) -> None:
@@ -55,6 +57,9 @@ class AdamW:
         norm = self.clip()
         for group in self.inner.param_groups:
             group["lr"] = lr
+        if devices.skips_updates(norm.device):
+            # A norm that is not finite leaves masters and moments as they were; the kernel decides, nobody waits.
+            self.inner.found_inf = norm.isfinite().logical_not_().float()  # type: ignore[attr-defined]
         self.inner.step()
         for shard in self.shards:
             shard.master.grad = None

@@ -49,3 +49,31 @@ def test_equals_torch_adamw_and_clipping(clip):
         assert torch.allclose(norm, want, rtol=1e-12)
     for (name, a), b in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_updates_nothing(clip):
+    with torch.device("meta"):
+        net = toy.Toy(toy.ToyConfig())
+    ours = apply.parallelize(net, Mesh(torch.device("cpu")), ParallelConfig(), precision="bf16")
+    apply.initialise(ours, seed=1)
+    optimizer = AdamW(ours, OptimConfig(lr=1e-2, clip=clip))
+
+    def step(scale):
+        pipeline.run(ours, [toy.batch(0)], lambda out, _: out.sum() * scale, torch.tensor(1.0))
+        norm = optimizer.step(1e-2)
+        ours.gradients.clear()
+        return norm
+
+    def state():
+        shards = [s for s in ours.shards.values() if s.trainable]
+        moments = [m for s in shards for m in optimizer.moments(s).values()]
+        counts = [optimizer.inner.state[s.master]["step"] for s in shards]
+        return [t.clone() for t in [s.master for s in shards] + [s.local for s in shards] + moments + counts]
+
+    step(1.0)
+    before = state()
+    assert not step(math.nan).isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert step(1.0).isfinite()
+    assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
