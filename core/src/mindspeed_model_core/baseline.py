@@ -242,8 +242,9 @@ def report(
 ) -> int:
     """Print a measurement and how it stands, record it if ``keep``, and return the exit status.
 
-    With ``gate`` the status is 1 when the speed is outside the tolerance, unless this call records it. Ranks other
-    than 0 print nothing and return 0. ``where`` is None when there is no folder to compare with.
+    With ``gate`` the status is 1 when the speed is outside the tolerance, unless this call records it, and it is a
+    UserError when nothing recorded is comparable. Ranks other than 0 print nothing and return 0. ``where`` is None when
+    there is no folder to compare with.
     """
     if _rank() != 0:
         return 0
@@ -259,7 +260,24 @@ def report(
         record(measured, where, allow_dirty=allow_dirty)
         console.print(f"recorded in {where / f'{measured.model}.csv'}", highlight=False, soft_wrap=True)
         return 0
+    if gate and verdict.baseline is None:
+        raise UserError(_nothing(measured, where))
     return 1 if gate and verdict.failed else 0
+
+
+def _nothing(measured: Measurement, where: Path) -> str:
+    """Say that there is no baseline, how near the nearest is, and how to make one."""
+    m = measured
+    same = [
+        r
+        for r in latest(read(where, m.model))
+        if (r.hardware, r.devices, r.recipe) == (m.hardware, m.devices, m.recipe)
+    ]
+    other = f" (recorded there: digest {', '.join(r.digest for r in same)})" if same else ""
+    return (
+        f"--compare: {where / f'{m.model}.csv'} holds no speed of recipe {m.recipe}, digest {m.digest}, on "
+        f"{m.devices} x {m.hardware}{other}; the same command with --record adds it"
+    )
 
 
 def _rank() -> int:

@@ -272,7 +272,7 @@ def test_report_gates_and_records(where):
     def report(measured, **flags) -> str:
         return said(lambda c: status.append(baseline.report(measured, where, console=c, **flags)))
 
-    text = report(MEASURED, gate=True)
+    text = report(MEASURED)
     assert status.pop() == 0 and "no baseline" in text
     assert "69 % MFU" in text and "here 50 % MFU, 0.72 x" in text
     report(MEASURED, keep=True)
@@ -369,3 +369,16 @@ def test_mfu_meets_mfu_and_rates_meet_rates(where):
     label, mark, values = panels["tokens/s/device"][0]
     assert (mark, [v for _, v in values]) == (None, [8192.0])
     assert all(not values for _, _, values in panels["samples/s"])
+
+
+def test_comparing_with_nothing_fails_and_says_how_to_record(where):
+    with pytest.raises(
+        UserError, match=r"llama2.csv holds no speed .* the same command with --record adds it"
+    ) as caught:
+        said(lambda c: baseline.report(MEASURED, where, console=c, gate=True))
+    assert MEASURED.digest in str(caught.value) and "\n" not in str(caught.value)
+    baseline.record(replace(MEASURED, digest="another"), where)
+    with pytest.raises(UserError, match=r"recorded there: digest another"):
+        said(lambda c: baseline.report(MEASURED, where, console=c, gate=True))
+    assert said(lambda c: baseline.report(MEASURED, where, console=c, gate=True, keep=True))
+    assert said(lambda c: baseline.report(MEASURED, where, console=c, gate=True))
