@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -75,15 +76,15 @@ def having(tier: str) -> dict[str, Path]:
     return out
 
 
-def run(session: nox.Session, program: str, *args: str, codes: tuple[int, ...] = (0,), **env: str) -> None:
+def run(session: nox.Session, program: str, *args: str, **env: str) -> None:
     """Run a program of the shared environment."""
     path = f"{DEV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    session.run(str(DEV / "bin" / program), *args, external=True, success_codes=codes, env={"PATH": path, **env})
+    session.run(str(DEV / "bin" / program), *args, external=True, env={"PATH": path, **env})
 
 
 def pytest(session: nox.Session, *args: str) -> None:
-    """Run pytest in the shared environment; a folder whose tests are all deselected is not a failure."""
-    run(session, "python", "-m", "pytest", *args, *session.posargs, codes=(0, 5), **TEST_ENV)
+    """Run pytest in the shared environment; selecting no test fails, so that a typo in -k is not green."""
+    run(session, "python", "-m", "pytest", *args, *session.posargs, **TEST_ENV)
 
 
 # --- the environment -------------------------------------------------------------------------------------------------
@@ -183,21 +184,46 @@ def perf(session: nox.Session, package: str) -> None:
     """Measure again what was recorded on this hardware and compare, or what follows: -- RECIPE [key=value ...]."""
     kind, name = hardware(session)
     session.log(f"hardware: {name}" + (" (no accelerator: the CPU is measured)" if kind == "cpu" else ""))
-    jobs = [tuple(session.posargs)] if session.posargs else recorded(package, name)
+    try:
+        jobs = [tuple(session.posargs)] if session.posargs else recorded(package, name, digests)
+    except ValueError as error:
+        session.error(str(error))
     if not jobs:
         session.skip(f"nothing is recorded on {name}; mindspeed-{package} measure RECIPE --record does it")
     for job in jobs:
         run(session, f"mindspeed-{package}", "measure", *job, "--compare")
 
 
-def recorded(package: str, hardware: str) -> list[tuple[str, ...]]:
-    """Return the recipes and device counts that a model's baselines have on this hardware."""
+def digests(package: str) -> dict[str, str]:
+    """Return the digest that each recipe of a model has now."""
+    code = f"from {module(package)} import MODEL as m; import json; from mindspeed_model_core import recipe as r\n"
+    code += "print(json.dumps({n: m.load_recipe(n).digest() for n in r.names(m.package)}))"
+    printed = subprocess.run([str(DEV / "bin" / "python"), "-c", code], check=True, capture_output=True, text=True)
+    return dict(json.loads(printed.stdout.splitlines()[-1]))
+
+
+def recorded(package: str, hardware: str, digests: Callable[[str], dict[str, str]]) -> list[tuple[str, ...]]:
+    """Return the recipes and device counts that a model's baselines have on this hardware.
+
+    ValueError when one was only recorded as other work than the recipe, by its digest, is now: that cannot be repeated.
+    """
     file = ROOT / "perf_baselines" / f"{package}.csv"
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines) if row["hardware"] == hardware]
-    return sorted({(row["recipe"], "--nproc", row["devices"]) for row in rows})
+    now = digests(package) if rows else {}
+    held: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        held.setdefault((row["recipe"], row["devices"]), []).append(row["digest"])
+    for (recipe, devices), known in held.items():
+        if now.get(recipe) not in known:
+            raise ValueError(
+                f"{file}: {recipe} on {devices} x {hardware} was recorded with digest {known[-1]}, its digest now is "
+                f"{now.get(recipe, 'none: there is no such recipe')}; record it again: "
+                f"mindspeed-{package} measure {recipe} --nproc {devices} --record"
+            )
+    return [(recipe, "--nproc", devices) for recipe, devices in sorted(held)]
 
 
 IMPORT_ALL = """

@@ -50,14 +50,14 @@ def words(path: Path) -> set[str]:
     """Return the strings without blanks of a Python file, or all words of another."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
-        return set(re.split(r"[\s\"',=\[\]]+", re.sub(r"(?m)#.*$", "", text)))
+        return set(re.split(r"[\s\"',=\[\]()]+", re.sub(r"(?m)#.*$", "", text)))
     constants = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
     return {value for value in constants if isinstance(value, str) and " " not in value}
 
 
 def test_nothing_outside_a_model_names_it() -> None:
     """Tools find models by globs: a name in their configuration or in core would be a second place to edit."""
-    tools = [ROOT / name for name in ("noxfile.py", "pyproject.toml", "conftest.py", "constraints.txt")]
+    tools = [ROOT / name for name in ("noxfile.py", "pyproject.toml", "conftest.py", "constraints.txt", ".ci/run")]
     for path in [*tools, *(PACKAGES["core"] / "src").rglob("*.py")]:
         named = [n for n in set(MODELS) - {"template"} if {n, f"mindspeed_model_{n}", f"models/{n}"} & words(path)]
         assert not named, f"{path.relative_to(ROOT)} names {named}"

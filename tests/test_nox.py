@@ -1,0 +1,54 @@
+"""What the sessions refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from .repository import NOXFILE, PACKAGES
+
+HEAD = "hardware,devices,recipe,digest\n"
+
+
+def recorded(monkeypatch, tmp_path, *rows: str):
+    (tmp_path / "perf_baselines").mkdir(exist_ok=True)
+    (tmp_path / "perf_baselines" / "some.csv").write_text(HEAD + "".join(f"{row}\n" for row in rows))
+    monkeypatch.setattr(NOXFILE, "ROOT", tmp_path)
+    return NOXFILE.recorded("some", "H200", lambda package: {"small": "aaa", "large": "bbb"})
+
+
+def test_what_was_recorded_here_is_measured_again(monkeypatch, tmp_path) -> None:
+    rows = ("H200,8,small,aaa", "H200,1,small,aaa", "H200,1,small,000", "A3,2,large,ccc")
+    jobs = [("small", "--nproc", "1"), ("small", "--nproc", "8")]
+    assert recorded(monkeypatch, tmp_path, *rows) == jobs
+
+
+@pytest.mark.parametrize(("row", "said"), [("large,ccc", "digest ccc, its digest now is bbb"), ("gone,aaa", "no such")])
+def test_a_recipe_that_changed_since_it_was_recorded_fails(monkeypatch, tmp_path, row, said) -> None:
+    with pytest.raises(ValueError, match=f"some.csv: .*{said}.*record it again: mindspeed-some measure"):
+        recorded(monkeypatch, tmp_path, "H200,8,small,aaa", f"H200,1,{row}")
+
+
+def test_the_digests_are_those_of_the_recipes(monkeypatch, tmp_path) -> None:
+    import sys
+    from pathlib import Path
+
+    from mindspeed_model_template import MODEL
+
+    monkeypatch.setattr(NOXFILE, "DEV", Path(sys.executable).parents[1])
+    found = NOXFILE.digests("template")
+    assert found and all(MODEL.load_recipe(name).digest() == digest for name, digest in found.items())
+    assert set(PACKAGES) >= {"template"}
+
+
+def test_selecting_no_test_fails(monkeypatch) -> None:
+    """pytest's status 5 is not among those that a session takes for success."""
+    asked = {}
+
+    class Session:
+        posargs = ("-k", "tyop")
+
+        def run(self, *args, **options):
+            asked.update(options, args=args)
+
+    NOXFILE.pytest(Session(), "tests", "-m", "unit")
+    assert asked["args"][-2:] == ("-k", "tyop") and 5 not in asked.get("success_codes", (0,))
