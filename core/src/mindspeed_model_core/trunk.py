@@ -61,11 +61,6 @@ class Trunk(nn.Module, ABC):
         """Fill one whole parameter, given its name, with its random initial value."""
 
     @property
-    def is_first(self) -> bool:
-        """Whether this stage holds the embedding."""
-        return all(hasattr(self, name) for name in self.first)
-
-    @property
     def is_last(self) -> bool:
         """Whether this stage holds the head."""
         return all(hasattr(self, name) for name in self.last)
