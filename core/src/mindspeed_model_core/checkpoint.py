@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from .errors import UserError
 from .optim import AdamW
 from .parallel.mesh import Mesh
 from .parallel.shard import Shard
+from .recipe import Section, validate
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
     from .dcp import Rectangles
 
-RUN_FILE = "run.json"
+FOLDER, RUN_FILE = "checkpoints", "run.json"
 
 
 def _state(shards: dict[str, Shard], optimizer: AdamW, *, to_write: bool = False) -> dict[str, Rectangles]:
@@ -109,6 +111,14 @@ class Checkpointer:
         if self.error is not None:
             self.wait()
 
+    def mark(self, step: int, mistake: str) -> None:
+        """Note in step ``step``'s ``run.json`` that the data must be mended; returns on all ranks when it is there."""
+        self.wait()
+        if self.mesh.rank == 0:
+            path = self.folder / f"step-{step:08d}"
+            write_text(path / RUN_FILE, json.dumps({**read_info(path), "mend": mistake}, indent=1))
+        self.mesh.barrier()
+
     def _write(self, final: Path, state: dict[str, Any], info: dict[str, Any]) -> None:
         from . import dcp
 
@@ -121,6 +131,8 @@ class Checkpointer:
             self._barrier()
             dcp.save(state, temporary, self.group)
             if first:
+                # Every rank is done, but what another host wrote may not be in this folder.
+                dcp.check_files(temporary, dcp.read_metadata(temporary))
                 write_text(temporary / RUN_FILE, json.dumps(info, indent=1))
                 if final.exists():
                     shutil.rmtree(final)
@@ -168,25 +180,61 @@ def step_of(path: Path) -> int:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether ``path`` is a checkpoint folder, or a run's folder that holds one."""
-    return (path / RUN_FILE).is_file() or bool(steps(path / "checkpoints"))
+    return (path / RUN_FILE).is_file() or bool(steps(path / FOLDER))
 
 
 def locate(path: Path) -> Path:
     """Return the checkpoint at ``path``: itself, or the newest of a run's folder."""
     if (path / RUN_FILE).is_file():
         return path
-    found = steps(path / "checkpoints")
+    found = steps(path / FOLDER)
     if not found:
-        raise UserError(f"{path}: neither a checkpoint nor a run's folder with one in checkpoints/")
+        raise UserError(f"{path}: neither a checkpoint nor a run's folder with one in {FOLDER}/")
     return found[-1]
 
 
+class _Saved(Section):
+    """What is read of a saved recipe whatever its model; the rest is the model's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    seed: int
+    precision: str
+    global_batch: int
+    init_from: str | None = None
+    lora: dict[str, Any] | None = None
+    optim: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+
+
+class _Info(Section):
+    """The form of ``run.json``; ``mend`` is the mistake in the data that ended the run here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    config: dict[str, Any]
+    recipe: _Saved
+    digest: str
+    step: NonNegativeInt
+    data: dict[str, Any]
+    mend: str | None = None
+
+
 def read_info(path: Path) -> dict[str, Any]:
-    """Return what ``run.json`` says of a checkpoint: model, config, recipe, digest, step, data position."""
+    """Return what ``run.json`` says of a checkpoint: model, config, recipe, digest, step, data position.
+
+    UserError naming the file and the field when it is damaged or of another form.
+    """
+    file = path / RUN_FILE
     try:
-        return json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        info = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / RUN_FILE}: cannot be read: {error}") from None
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(info, dict):
+        raise UserError(f"{file}: holds a {type(info).__name__}, expected an object")
+    validate(_Info, info, str(file))
+    return info
 
 
 def load(path: Path, shards: dict[str, Shard], optimizer: AdamW, mesh: Mesh) -> dict[str, Any]:

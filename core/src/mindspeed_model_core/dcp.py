@@ -148,7 +148,7 @@ def save(state: dict[str, Rectangles], folder: Path, group: Any) -> None:
 def load(state: dict[str, Rectangles], folder: Path, group: Any) -> None:
     """Fill the rectangles in place from a checkpoint written under any layout."""
     metadata = read_metadata(folder)
-    _check_files(folder, metadata)
+    check_files(folder, metadata)
     reader = _Reader(folder, metadata)
     try:
         dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=group is None)
@@ -156,7 +156,7 @@ def load(state: dict[str, Rectangles], folder: Path, group: Any) -> None:
         raise UserError(f"{folder}: cannot be loaded: {reason(error)}") from None
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def check_files(folder: Path, metadata: Metadata) -> None:
     """Raise UserError unless every data file is there and as long as the metadata says."""
     ends: dict[str, int] = {}
     for part in (metadata.storage_data or {}).values():

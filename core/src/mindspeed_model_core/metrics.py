@@ -101,13 +101,17 @@ class Recorder:
         if self._first or record.step % self._recipe.metrics.every == 0 or record.step >= self._recipe.steps:
             self._flush()
 
+    def flush(self) -> None:
+        """Write what is pending, whatever ``metrics.every`` says."""
+        if self._active and self._pending:
+            self._flush()
+
     def close(self) -> None:
         """Write what is pending, end the trackers and the progress, and draw ``<run_dir>/loss.png``."""
         if self._closed:
             return
         self._closed = True
-        if self._pending:
-            self._flush()
+        self.flush()
         self._active = False
         self._view.close()
         if self._file is None:

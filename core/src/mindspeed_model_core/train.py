@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
+import secrets
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import adapters, checkpoint, lora, weights
+from . import adapters, checkpoint, lora, profile, weights
 from . import device as devices
+from .data.slots import CONTENT
 from .errors import UserError
 from .metrics import Recorder, StepRecord
 from .model import Model
@@ -54,6 +59,10 @@ class Run:
 
 class DataError(UserError):
     """A mistake in the data, met while training; every rank raises it before the step it was meant for."""
+
+
+class Diverged(UserError):
+    """A step whose loss or gradient norm is not finite; every rank raises it, and nothing from there on is saved."""
 
 
 @dataclass
@@ -120,7 +129,12 @@ class Session:
         if self.recipe.lora is not None:
             self._start_base()
         info = checkpoint.load(path, self.parallel.shards, self.optimizer, self.mesh)
-        self.loader.load_state_dict(info["data"])
+        position, content = info["data"], self.loader.state_dict().get(CONTENT)
+        if info.get("mend") is not None and position.get(CONTENT, content) != content:
+            position = {**position, CONTENT: content}
+            if self.mesh.rank == 0:
+                print(f"{path}: the run stopped at {info['mend']}; it goes on with data mended since", file=sys.stderr)
+        self.loader.load_state_dict(position)
         self.number = int(info["step"])
 
     def step(self) -> _Totals:
@@ -215,8 +229,9 @@ def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = Fal
     """Train to the recipe's last step, or until SIGTERM or SIGINT; everything is written below ``run_dir``.
 
     ``watch`` functions see each step's record on rank 0 and cannot change the run. Raises UserError for a run folder
-    in use (unless ``resume``), a checkpoint of another model, and whatever is wrong with recipe, data or weights;
-    nothing is written or changed before the first step is done. A mistake in the data met later saves before it ends.
+    in use (unless ``resume``), one that not all ranks share, a checkpoint of another model, and whatever is wrong with
+    recipe, data or weights; nothing is written or changed before the first step is done. A mistake in the data met
+    later saves before it ends; a loss or gradient norm that is not finite ends the run with what was saved before it.
     """
     mesh = open_mesh(recipe.parallel)
     done = _run(recipe, model, mesh, Path(run_dir), resume, watch)
@@ -228,6 +243,7 @@ def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = Fal
 def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, watch: Sequence[Watch]) -> Run:
     with _claim(folder) if mesh.rank == 0 else contextlib.nullcontext():
         start = starting_point(folder, resume, recipe, model)
+        _check_shared(folder, start, mesh)
         if start is not None and checkpoint.step_of(start) >= recipe.steps:
             return Run(checkpoint.step_of(start), None, folder, finished=True)
         session = Session(recipe, model, mesh)
@@ -242,7 +258,7 @@ def _run(recipe: Recipe, model: Model, mesh: Mesh, folder: Path, resume: bool, w
 def _train(session: Session, folder: Path, resume: bool, watch: Sequence[Watch]) -> Run:
     recipe, mesh = session.recipe, session.mesh
     saver = checkpoint.Checkpointer(
-        folder / "checkpoints", mesh, keep=recipe.checkpoint.keep, background=recipe.checkpoint.background
+        folder / checkpoint.FOLDER, mesh, keep=recipe.checkpoint.keep, background=recipe.checkpoint.background
     )
     recorder = Recorder(
         folder,
@@ -258,42 +274,55 @@ def _train(session: Session, folder: Path, resume: bool, watch: Sequence[Watch])
     begun = saved = session.number
     stop = False
 
-    def save(*, wait: bool = False) -> int:
-        saver.save(session.number, session.parallel.shards, session.optimizer, session.info(), wait=wait)
-        return session.number
+    def save(*, wait: bool = False) -> None:
+        """Save, once the last step is known to be sound and its record, which a resumed run keeps, is written."""
+        nonlocal saved, stop
+        stop = report.flush() or stop
+        if saved != session.number:
+            recorder.flush()
+            saver.save(session.number, session.parallel.shards, session.optimizer, session.info(), wait=wait)
+            saved = session.number
 
     with (
         saver,
         _on_signals(session),
         recorder,
         Profiler(recipe.profile, folder, mesh.rank, mesh.device) as profiler,
+        _naming_what_is_left(saver),
     ):
-        while session.number < recipe.steps and not stop:
-            try:
+        try:
+            while session.number < recipe.steps and not stop:
                 with profiler.step(session.number + 1):
                     totals = session.step()
-            except DataError as error:
-                report.flush()
-                if session.number == begun:
-                    raise
-                if saved != session.number:
-                    save(wait=True)
-                saver.wait()
-                raise UserError(
-                    f"{error}; step {session.number} is saved: mend it and continue with --resume"
-                ) from None
-            if session.number == begun + 1 and mesh.rank == 0:
-                checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
-            stop = report.take(session.number, totals, late=late)
-            saver.check()
-            if recipe.checkpoint.every and session.number % recipe.checkpoint.every == 0:
-                saved = save()
-        report.flush()
-        if saved != session.number:
+                if session.number == begun + 1 and mesh.rank == 0:
+                    # The folder first: a run without it has lost its checkpoints, one with it had none yet.
+                    (folder / checkpoint.FOLDER).mkdir(exist_ok=True)
+                    checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
+                stop = report.take(session.number, totals, late=late)
+                saver.check()
+                if recipe.checkpoint.every and session.number % recipe.checkpoint.every == 0:
+                    save()
             save(wait=True)
-        saver.wait()
+            saver.wait()
+        except DataError as error:
+            if session.number == 0:
+                raise
+            save(wait=True)
+            saver.mark(session.number, str(error))
+            raise UserError(f"{error}; step {session.number} is saved: mend it and continue with --resume") from None
     finished = session.number >= recipe.steps
     return Run(session.number, report.loss, folder, finished, None if finished else session.signal)
+
+
+@contextlib.contextmanager
+def _naming_what_is_left(saver: checkpoint.Checkpointer) -> Iterator[None]:
+    """Add the newest checkpoint, which is from before, to what is said of a run that diverged."""
+    try:
+        yield
+    except Diverged as error:
+        saver.wait()
+        left = checkpoint.steps(saver.folder)
+        raise UserError(f"{error}; {f'the newest checkpoint is {left[-1]}' if left else 'none was saved'}") from None
 
 
 @contextlib.contextmanager
@@ -311,6 +340,47 @@ def _claim(folder: Path) -> Iterator[None]:
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _check_shared(folder: Path, start: Path | None, mesh: Mesh) -> None:
+    """Raise UserError, the same on all ranks, unless all see rank 0's folder and would start from one checkpoint."""
+    if not mesh.groups:
+        return
+    # All have looked at the folder by now: a file in it disturbs nobody.
+    sign = folder / mesh.gather(f".shared-{secrets.token_hex(8)}")[0]
+    if mesh.rank == 0:
+        sign.touch()
+    here = f"host {socket.gethostname()}, folder {folder.absolute()}"
+    try:
+        places = mesh.gather((here, _appears(sign), start and start.name))
+    finally:
+        if mesh.rank == 0:
+            sign.unlink(missing_ok=True)
+    first = places[0]
+    for rank, (place, sees, newest) in enumerate(places):
+        if not sees:
+            raise UserError(
+                f"--run-dir: rank {rank} ({place}) does not see the run folder of rank 0 ({first[0]}); name a folder "
+                "on a file system that all hosts share"
+            )
+        if newest != first[2]:
+            raise UserError(
+                f"--run-dir: rank {rank} ({place}) would start from {newest or 'the beginning'}, rank 0 from "
+                f"{first[2] or 'the beginning'}; the file system is behind on one host: try again"
+            )
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file is here, or comes within the patience: network file systems show new files late."""
+    end = time.monotonic() + _PATIENCE
+    while not file.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+        for parent in (file.parent.parent, file.parent):
+            with contextlib.suppress(OSError):
+                os.listdir(parent)  # makes NFS ask the server again
+    return True
 
 
 def _lock(handle: int, folder: Path) -> None:
@@ -370,6 +440,11 @@ class _Report:
         if self.session.mesh.rank == 0:
             for observe in self.watch:
                 observe(record)
+        if not (math.isfinite(self.loss) and math.isfinite(norm)):
+            raise Diverged(
+                f"step {number}: the loss is {self.loss:.6g} and the gradient norm {norm:.6g}, the run has "
+                "diverged; lower optim.lr, or look at the data of that step"
+            )
         return stop > 0
 
 
@@ -380,7 +455,9 @@ def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> 
     form of adapters, and an ``init_from`` that is not this network's.
     """
     _check_folder(folder)
-    found = checkpoint.steps(folder / "checkpoints")
+    found = checkpoint.steps(folder / checkpoint.FOLDER)
+    if resume and not found:
+        _check_unsaved(folder)
     if not resume and folder.exists() and any(folder.iterdir()):
         if found or (folder / "recipe.yaml").exists():
             raise UserError(
@@ -416,6 +493,25 @@ def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> 
     return last
 
 
+def _check_unsaved(folder: Path) -> None:
+    """Raise UserError unless a folder without checkpoints is new, or that of a run that ended before its first save."""
+    own = {checkpoint.FOLDER, profile.FOLDER, profile.SWITCH}
+    there = [p.name for p in folder.iterdir()] if folder.exists() else []
+    held = sorted(name for name in there if name not in own and not name.startswith("."))
+    if not held:
+        return
+    named = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "")
+    if "recipe.yaml" not in held:
+        raise UserError(
+            f"{folder}: holds no run to resume, but {named}; name a run's folder, or a new one, with --run-dir"
+        )
+    if checkpoint.FOLDER not in there:
+        raise UserError(
+            f"{folder}: holds {named}, but its folder {checkpoint.FOLDER} is missing; put that back to resume, or "
+            "begin anew in another folder with --run-dir"
+        )
+
+
 def _check_base(recipe: Recipe) -> None:
     if recipe.lora is not None and recipe.init_from is None:
         raise UserError("init_from: lora trains adapters of given weights; name their folder with init_from=FOLDER")
@@ -429,11 +525,11 @@ def _check_kept(last: Path, saved: dict[str, Any], recipe: Recipe) -> None:
         raise UserError(f"{last}: holds {held}, the recipe trains {wanted} (lora); name another folder with --run-dir")
     if before is not None and now is not None:
         for key, value in now.model_dump(mode="json", include={"rank", "alpha", "targets"}).items():
-            if before[key] != value:
-                raise UserError(f"lora.{key}={value}: the run was saved with {before[key]}; resume with that")
-        if saved["init_from"] != recipe.init_from:
+            if before.get(key) != value:
+                raise UserError(f"lora.{key}={value}: the run was saved with {before.get(key)}; resume with that")
+        if saved.get("init_from") != recipe.init_from:
             raise UserError(
-                f"init_from={recipe.init_from}: the run adapts {saved['init_from']}; resume with that, or begin "
+                f"init_from={recipe.init_from}: the run adapts {saved.get('init_from')}; resume with that, or begin "
                 f"another run with lora.init_from={last}"
             )
     average = (saved.get("optim") or {}).get("ema")

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from mindspeed_model_core import checkpoint, train
+from mindspeed_model_core import checkpoint, metrics, train
 from mindspeed_model_core import dcp as dcp_format
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing import toy
@@ -214,3 +214,68 @@ def test_bf16_resumes_from_its_masters(tmp_path):
     (tmp_path / "run" / "checkpoints" / "step-00000006").rename(tmp_path / "gone")
     train.run(recipe, toy.TOY, tmp_path / "run", resume=True)
     assert losses_of(tmp_path / "run") == want
+
+
+def test_a_file_that_did_not_arrive_costs_no_older_checkpoint(tmp_path, monkeypatch):
+    """As when another host writes into a folder of its own."""
+    run, real = tmp_path / "run", dcp_format.save
+
+    def lose(state, folder, group):
+        real(state, folder, group)
+        if folder.name == ".step-00000004.tmp":
+            next(folder.glob("*.distcp")).unlink()
+
+    monkeypatch.setattr(dcp_format, "save", lose)
+    with pytest.raises(UserError, match=r"distcp: missing; the checkpoint is not whole; step-00000002 is intact"):
+        train.run(toy.recipe(checkpoint={"every": 2, "keep": 1}), toy.TOY, run)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda i: i.pop("model"), "model: this field is required"),
+        (lambda i: i.pop("recipe"), "recipe: this field is required"),
+        (lambda i: i.update(recipe=3), "recipe=3: "),
+        (lambda i: i["recipe"].pop("seed"), "recipe.seed: this field is required"),
+        (lambda i: i.update(config=[1]), r"config=\[1\]: "),
+        (lambda i: i.update(step="many"), "step='many': "),
+        (lambda i: i.pop("data"), "data: this field is required"),
+        (lambda i: i["recipe"].update(lora=True), "recipe.lora=True: "),
+    ],
+)
+def test_a_damaged_run_file_names_its_field(tmp_path, damage, said, resumed):
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    recipe = {"seed": 0, "precision": "fp32", "global_batch": 8}
+    info = {"model": "toy", "config": {"blocks": 4}, "recipe": recipe, "digest": "", "step": 1, "data": {}}
+    damage(info)
+    (folder / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=f"{folder / 'run.json'}: {said}") as caught:
+        if resumed:
+            train.run(toy.recipe(), toy.TOY, tmp_path / "run", resume=True)
+        else:
+            checkpoint.open_weights(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_file_that_holds_no_object_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run.json: holds a list, expected an object"):
+        checkpoint.read_info(tmp_path)
+
+
+def test_the_records_of_saved_steps_are_never_lost(tmp_path):
+    recipe = toy.recipe(metrics={"trackers": (), "every": 5}, checkpoint={"every": 3, "background": False})
+    run = tmp_path / "run"
+
+    def die(record):
+        if record.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(lambda: train.run(recipe, toy.TOY, run, watch=[die])) == -signal.SIGKILL
+    train.run(recipe, toy.TOY, run, resume=True)
+    records = metrics.read(run)
+    assert sum(r["samples"] for r in records) == 6 * 8
+    assert [r["step"] for r in records] == [1, 3, 4, 5, 6]

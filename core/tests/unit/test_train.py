@@ -5,16 +5,31 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import get_context
 
 import pytest
 import torch
 from mindspeed_model_core import checkpoint, metrics, train
+from mindspeed_model_core.data.slots import CONTENT
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing import toy
 
 
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def forked():
+    """Return a function that runs another in a forked child and returns its exit status, negative for a signal."""
+
+    def run(function, *args, **kwargs):
+        job = get_context("fork").Process(target=function, args=args, kwargs=kwargs)
+        job.start()
+        job.join(60)
+        return job.exitcode
+
+    return run
 
 
 def losses_of(folder):
@@ -171,3 +186,130 @@ def test_random_state_belongs_to_the_step(tmp_path, monkeypatch):
     train.run(toy.recipe(steps=2), toy.TOY, tmp_path / "cut")
     train.run(toy.recipe(steps=4), toy.TOY, tmp_path / "cut", resume=True)
     assert seeds["cut"] == seeds["whole"] and len(set(seeds["whole"])) == 4
+
+
+def diverging_at(step):
+    """Return the toy's loss, infinite in one step and whole in the others."""
+    whole = toy.ToyTask.loss
+    done = {"at": 0}
+
+    def loss(self, output, batch):
+        done["at"] += 1
+        return whole(self, output, batch) * (torch.inf if done["at"] > 8 * (step - 1) else 1.0)
+
+    return loss
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("step", [1, 5, 6])
+def test_a_diverged_run_saves_nothing_more(tmp_path, monkeypatch, step, late):
+    """Also where totals are read a step late, as on accelerators, and the step that diverged is to be saved."""
+    take = train._Report.take
+    monkeypatch.setattr(train._Report, "take", lambda self, n, totals, **_: take(self, n, totals, late=late))
+    monkeypatch.setattr(toy.ToyTask, "loss", diverging_at(step))
+    run = tmp_path / "run"
+    left = "the newest checkpoint is .*step-00000004$" if step > 1 else "none was saved$"
+    with pytest.raises(UserError, match=rf"^step {step}: the loss is inf and the gradient norm nan.*{left}"):
+        train.run(toy.recipe(steps=9, checkpoint={"every": 2, "keep": 2}), toy.TOY, run)
+    kept = [p.name for p in checkpoint.steps(run / "checkpoints")]
+    assert kept == (["step-00000002", "step-00000004"] if step > 1 else [])
+    monkeypatch.undo()
+    assert train.run(toy.recipe(steps=9), toy.TOY, run, resume=True).finished
+    assert len(losses_of(run)) == 9
+
+
+def test_a_run_that_diverged_before_broken_data_is_not_saved(tmp_path, monkeypatch):
+    take = train._Report.take
+    monkeypatch.setattr(train._Report, "take", lambda self, n, totals, **_: take(self, n, totals, late=True))
+    monkeypatch.setattr(toy.ToyTask, "loss", diverging_at(3))
+    monkeypatch.setattr(toy.ToyLoader, "__iter__", failing_at(4))
+    with pytest.raises(UserError, match="^step 3: the loss is inf .* none was saved$"):
+        train.run(toy.recipe(), toy.TOY, tmp_path / "run")
+    assert not checkpoint.steps(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], ["metrics.jsonl", "checkpoints/other.pt"], ["model", "recipe.yaml"]])
+def test_resume_takes_no_foreign_folder(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: holds .*{names[0]}"):
+        train.run(toy.recipe(), toy.TOY, tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_resume_without_the_checkpoints_keeps_the_records(tmp_path):
+    run = tmp_path / "run"
+    train.run(toy.recipe(), toy.TOY, run)
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    before = contents(run)
+    with pytest.raises(
+        UserError, match="holds .*metrics.jsonl.*, but its folder checkpoints is missing; put that back"
+    ):
+        train.run(toy.recipe(), toy.TOY, run, resume=True)
+    assert contents(run) == before
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert train.run(toy.recipe(steps=7), toy.TOY, run, resume=True).finished
+
+
+def test_a_run_killed_before_its_first_save_can_be_resumed(tmp_path, forked):
+    run = tmp_path / "run"
+
+    def die(record):
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(train.run, toy.recipe(), toy.TOY, run, watch=[die]) == -signal.SIGKILL
+    assert len(losses_of(run)) == 3
+    assert train.run(toy.recipe(), toy.TOY, run, resume=True).finished
+    assert len(losses_of(run)) == 6
+
+
+class Fickle(toy.ToyLoader):
+    """The toy's batches, of data whose content can change."""
+
+    content = "first"
+
+    def state_dict(self):
+        return {**super().state_dict(), CONTENT: self.content}
+
+    def load_state_dict(self, state):
+        if state[CONTENT] != self.content:
+            raise UserError(f"{CONTENT}: is {self.content} now and was {state[CONTENT]}")
+        super().load_state_dict(state)
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_data_may_change_where_a_mistake_in_it_ended_the_run(tmp_path, monkeypatch, capsys, saved_before):
+    def recipe(**changes):
+        return toy.recipe(optim={"lr": 1e-2, "schedule": "constant"}, **changes)
+
+    train.run(recipe(), toy.TOY, tmp_path / "whole")
+    monkeypatch.setattr(toy.ToyTask, "data", lambda self, rank, ranks: Fickle(self.recipe, rank, ranks))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Fickle, "__iter__", failing_at(4))
+        with pytest.raises(UserError, match="step 3 is saved: mend it"):
+            train.run(recipe(checkpoint={"every": 3 if saved_before else 5}), toy.TOY, run)
+    monkeypatch.setattr(Fickle, "content", "mended")
+    train.run(recipe(steps=5), toy.TOY, run, resume=True)
+    assert "stopped at corpus.jsonl:7: not JSON; it goes on with data mended since" in capsys.readouterr().err
+    monkeypatch.setattr(Fickle, "content", "another")
+    with pytest.raises(UserError, match="is another now and was mended"):
+        train.run(recipe(), toy.TOY, run, resume=True)
+    monkeypatch.setattr(Fickle, "content", "mended")
+    train.run(recipe(), toy.TOY, run, resume=True)
+    assert losses_of(run) == losses_of(tmp_path / "whole")
+
+
+def test_a_mistake_met_at_once_after_resuming_can_be_mended_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.ToyTask, "data", lambda self, rank, ranks: Fickle(self.recipe, rank, ranks))
+    run = tmp_path / "run"
+    train.run(toy.recipe(steps=3), toy.TOY, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fickle, "__iter__", failing_at(4))
+        with pytest.raises(UserError, match="not JSON; step 3 is saved: mend it"):
+            train.run(toy.recipe(), toy.TOY, run, resume=True)
+    monkeypatch.setattr(Fickle, "content", "mended")
+    assert train.run(toy.recipe(), toy.TOY, run, resume=True).finished

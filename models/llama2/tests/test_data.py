@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mindspeed_model_core import checkpoint, metrics, train
 from mindspeed_model_core.data import train_tokenizer
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_llama2 import MODEL
 from mindspeed_model_llama2.config import PRESETS
 from mindspeed_model_llama2.data import Llama2Data, find_tokenizer, open_tokenizer
 from mindspeed_model_llama2.task import Llama2Recipe, NextToken
@@ -44,15 +46,17 @@ def test_metas_release_keeps_its_tokenizer_one_folder_up(tmp_path: Path) -> None
 
 
 def test_a_run_remembers_its_tokenizer(trained: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    rest = {"model": "llama2", "config": {}, "digest": "", "step": 2, "data": {}}
     for fields, found in (
         ({"data": {"tokenizer": str(trained)}, "init_from": None}, str(trained)),
         ({"data": {"tokenizer": None}, "init_from": str(trained)}, str(trained)),
         ({"data": {"tokenizer": None}, "init_from": None}, None),
     ):
-        (checkpoint / "run.json").write_text(json.dumps({"recipe": fields}))
-        assert find_tokenizer(checkpoint) == find_tokenizer(tmp_path / "run") == found
+        saved = {"seed": 0, "precision": "bf16", "global_batch": 8, **fields}
+        (folder / "run.json").write_text(json.dumps({**rest, "recipe": saved}))
+        assert find_tokenizer(folder) == find_tokenizer(tmp_path / "run") == found
 
 
 @pytest.mark.parametrize(
@@ -83,3 +87,32 @@ def test_the_tasks_loaders_have_the_recipes_shapes(trained: Path, tmp_path: Path
         assert batch["tokens"].shape == (64,) and sum(batch["lengths"]) == 64
         assert int(batch["tokens"].max()) < 512 and set(loader.state_dict()["slots"]) == {"2", "3"}
     assert Llama2Data().sequence_length == 4096
+
+
+def test_a_broken_line_is_mended_and_the_run_resumed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the error says can be followed: mend the line, --resume, and the run is as if it had never been broken."""
+    lines = [json.dumps({"text": f"{n} " + "a few more words to learn from " * 3}) for n in range(40)]
+    good, text = tmp_path / "good.jsonl", tmp_path / "text.jsonl"
+    good.write_text("\n".join(lines))
+    text.write_text("\n".join([*lines[:13], '{"text": "cut', *lines[14:]]))
+
+    def run(folder: str, path: Path, **changes: Any) -> list[float]:
+        data = {"path": str(path), "tokenizer": str(trained), "sequence_length": 16, "shuffle": False}
+        own = {"precision": "fp32", "steps": 12, "metrics": {"trackers": ()}, "init_from": None, **changes}
+        train.run(recipe(data, **own), MODEL, tmp_path / folder, resume=folder == "cut" and path == text)
+        return [record["loss"] for record in metrics.read(tmp_path / folder)]
+
+    with pytest.raises(
+        UserError, match=rf"{text}:14: not a JSON object .* is saved: mend it and continue with --resume"
+    ):
+        run("cut", text)
+    (saved,) = checkpoint.steps(tmp_path / "cut" / "checkpoints")
+    assert checkpoint.step_of(saved) > 1
+    text.write_text("\n".join([*lines[:13], *lines[14:]]))
+    with pytest.raises(UserError, match=r"data.path \(documents\): is 39 now and was 40"):
+        run("cut", text)
+    text.write_text("\n".join(lines))
+    assert run("cut", text) == run("whole", good)
+    assert f"{text}:14: not a JSON object" in capsys.readouterr().err

@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..errors import UserError
 from ..trunk import Batch
 
+CONTENT = "data.path (content)"
+"""The fact of ``identity`` that mending a broken file changes; the others tell whether a position still holds."""
+
 Position = list[int]
 Drawn = tuple[Any, Position]
 

@@ -14,7 +14,7 @@ from . import packing
 from .documents import Documents, open_documents
 from .packing import Packed, Tokens
 from .shuffle import shuffled
-from .slots import Position, SlotLoader
+from .slots import CONTENT, Position, SlotLoader
 from .tokenizer import encode, fingerprint
 
 
@@ -73,7 +73,7 @@ class PackedText(SlotLoader):
             workers=data.workers,
             identity={
                 "data.path (documents)": len(documents),
-                "data.path (content)": documents.fingerprint(),
+                CONTENT: documents.fingerprint(),
                 "data.text_key": data.text_key,
                 "data.tokenizer (content)": fingerprint(tokenizer),
                 "data.sequence_length": data.sequence_length,
