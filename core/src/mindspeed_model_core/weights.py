@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import lora
 from . import recipe as recipes
 from .errors import UserError, nearest
-from .layout import AdapterFormat, Bound, Layout, Part, Row, Source, Table
+from .layout import AdapterFormat, Bound, Layout, Part, Row, Source, Table, first_stranger
 from .parallel.placement import Placement, placements
 from .recipe import Section
 from .tensorfile import Spec, Writer
@@ -493,7 +493,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Give a temporary folder that becomes ``destination`` if all goes well and is removed if not.
 
-    With ``overwrite`` it may replace a folder in one of the layouts.
+    With ``overwrite`` it may replace a folder in one of the layouts that holds nothing else.
     """
     target = Path(os.path.realpath(destination))
     if source is not None:
@@ -541,11 +541,22 @@ def _vacant(destination: Path, target: Path, overwrite: bool, layouts: Sequence[
     if any(target.iterdir()):
         if not overwrite:
             raise UserError(f"{destination}: exists; choose another destination, or overwrite it with --overwrite")
-        if not any(layout.detect(target) for layout in layouts):
-            names = " or ".join(layout.name for layout in layouts)
-            raise UserError(
-                f"{destination}: holds no weights in layout {names}, so it is not overwritten; remove it first"
-            )
+        _replaceable(destination, target, layouts)
+
+
+def _replaceable(destination: Path, target: Path, layouts: Sequence[Layout | AdapterFormat]) -> None:
+    """Raise UserError unless a folder is in one of the layouts, readable, and holds nothing that we do not write."""
+    kept = "so it is not overwritten; remove it first"
+    layout = next((each for each in layouts if each.detect(target)), None)
+    if layout is None:
+        names = " or ".join(each.name for each in layouts)
+        raise UserError(f"{destination}: holds no weights in layout {names}, {kept}")
+    try:
+        layout.check(target)
+    except UserError as error:
+        raise UserError(f"{destination}: holds no weights in layout {layout.name} ({error}), {kept}") from None
+    if (stranger := first_stranger(target, layout.holds)) is not None:
+        raise UserError(f"{destination}: also holds {stranger}, which is no part of layout {layout.name}, {kept}")
 
 
 def _sync(path: Path) -> None:

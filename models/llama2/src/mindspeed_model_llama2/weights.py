@@ -288,6 +288,7 @@ ORIGINAL = Layout(
     silent=("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"),
     extra=original_extra,
     extras=TOKENIZER,
+    config_file="params.json",
     shards=original_shards,
 )
 
