@@ -281,7 +281,8 @@ class Layout:
     the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
     weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
     the layout has beside ours; ``extras`` names files copied along from the source; ``config_file`` is where the
-    configuration is; ``shards`` gives the number of files; ``adapter`` is the form adapters of the layout's modules are published in, if there is one.
+    configuration is; ``shards`` gives the number of files; ``adapter`` is the form adapters of the layout's modules are
+    published in, if there is one.
     """
 
     name: str

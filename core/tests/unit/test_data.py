@@ -228,6 +228,18 @@ GOOD = '{"text": "fine"}\n'
         ("a.jsonl", GOOD * 2 + "[1]\n", "text", "a.jsonl:3: expected a JSON object, got list"),
         ("a.jsonl", '{"txt": "x"}\n', "text", "a.jsonl:1: no key 'text'; did you mean 'txt'?"),
         ("a.jsonl", GOOD + '{"text": 5}\n', "text", "a.jsonl:2: 'text' must hold text, got int"),
+        (
+            "a.jsonl",
+            GOOD + '{"text": "hello \\ud83d world"}\n',
+            "text",
+            r"a.jsonl:2: 'text' holds \ud83d, half a character",
+        ),
+        (
+            "a.jsonl",
+            GOOD + '{"text": ' + "[" * 100_000 + "\n",
+            "text",
+            "a.jsonl:2: not a JSON object (maximum recursion",
+        ),
         ("a.txt", b"good\n\nbad \xff here\n", "text", "a.txt:3: not UTF-8"),
         ("a.csv", "x", "text", "a.csv: cannot read a .csv file"),
         ("a.txt", " \n\n", "text", "holds no document"),
@@ -256,6 +268,10 @@ def test_a_wrong_place_is_named(tmp_path: Path) -> None:
         assert message in str(caught.value)
     with pytest.raises(UserError, match="row 1: 'content' must hold text, got NoneType"):
         open_documents(str(tmp_path / "t.parquet"), "content")[1]
+    text = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"okb\xff"))
+    parquet.write_table(pa.table({"content": text}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet: row 1: 'content' is not UTF-8 text"):
+        open_documents(str(tmp_path / "b.parquet"), "content")[1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

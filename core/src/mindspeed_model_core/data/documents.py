@@ -175,7 +175,7 @@ class _Lines(_Paragraphs):
         start = int(self.starts[number])
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self._where(start)}: not a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise UserError(f"{self._where(start)}: expected a JSON object, got {type(values).__name__}")
@@ -184,6 +184,12 @@ class _Lines(_Paragraphs):
         text = values[self.text_key]
         if not isinstance(text, str):
             raise UserError(f"{self._where(start)}: {self.text_key!r} must hold text, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can escape half of a pair that stands for one character; no tokenizer knows what that is.
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise UserError(f"{self._where(start)}: {self.text_key!r} holds {half}, half a character") from None
         return text
 
 
@@ -215,7 +221,10 @@ class _Table:
 
     def read(self, number: int) -> str:
         group = bisect_right(self.ends, number)
-        text = self._group(group)[number - (self.ends[group - 1] if group else 0)].as_py()
+        try:
+            text = self._group(group)[number - (self.ends[group - 1] if group else 0)].as_py()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}: row {number}: {self.column!r} is not UTF-8 text") from None
         if not isinstance(text, str):
             raise UserError(f"{self.path}: row {number}: {self.column!r} must hold text, got {type(text).__name__}")
         return text
