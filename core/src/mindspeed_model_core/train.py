@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import adapters, checkpoint, lora, weights
 from . import device as devices
+from .data.tokenizer import keep_tokenizer, recipe_tokenizer
 from .errors import UserError
 from .metrics import Recorder, StepRecord
 from .model import Model
@@ -284,6 +285,8 @@ def _train(session: Session, folder: Path, resume: bool, watch: Sequence[Watch])
                 ) from None
             if session.number == begun + 1 and mesh.rank == 0:
                 checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
+                if (words := recipe_tokenizer(recipe.model_dump())) is not None:
+                    keep_tokenizer(words, folder)
             stop = report.take(session.number, totals, late=late)
             saver.check()
             if recipe.checkpoint.every and session.number % recipe.checkpoint.every == 0:

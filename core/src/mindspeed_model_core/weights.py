@@ -38,14 +38,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Opened:
-    """A source of weights: its configuration, its table, its tensors, and where its tokenizer files are."""
+    """A source of weights: its configuration, its table and its tensors."""
 
     path: Path
     config: Any
     table: Table
     tensors: Source
     layout: Layout | None = None
-    extras: str | Path | None = None
 
 
 def find_layout(model: Model, name: str) -> Layout:
@@ -89,9 +88,7 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None, 
             )
         kind = type(next(iter(model.presets.values())))
         config: Any = recipes.validate(kind, run.config, f"{path}: config")  # type: ignore[type-var]
-        opened = Opened(
-            path, config, Table(*(Row(name, name) for name in whole(model.build, config)[0])), run, None, run.tokenizer
-        )
+        opened = Opened(path, config, Table(*(Row(name, name) for name in whole(model.build, config)[0])), run)
         loose: tuple[str, ...] = ()
     else:
         if ema:
@@ -104,7 +101,7 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None, 
                 f"{path}: no weights of {model.name} here; known: {known}, a run's checkpoint; found: {held}"
             )
         config = _complete(layout.read_config(path), layout, model, wanted)
-        opened = Opened(path, config, layout.table(config), layout.files.open(path), layout, path)
+        opened = Opened(path, config, layout.table(config), layout.files.open(path), layout)
         loose = (*layout.loose, *layout.silent)
     if wanted is not None:
         agree(path, config, wanted, f"preset {preset!r}", model, loose)
@@ -149,7 +146,6 @@ class _Run:
         info = getattr(opened, "info", {})
         self.model, recipe = info.get("model"), info.get("recipe") or {}
         self.lora, self.base = recipe.get("lora"), recipe.get("init_from")
-        self.tokenizer = (recipe.get("data") or {}).get("tokenizer") or recipe.get("init_from")
 
     def names(self) -> list[str]:
         return list(self.opened.names())
@@ -387,6 +383,7 @@ def convert(
     the moving average of the run that is the source, or of the adapters that are merged.
     """
     from . import adapters
+    from .data.tokenizer import find_tokenizer
 
     layout = find_layout(model, layout) if isinstance(layout, str) else layout
     if merge_lora is None and adapters.is_run(source):
@@ -432,7 +429,8 @@ def convert(
             pool.shutdown(wait=True, cancel_futures=True)
             writer.close()
         layout.write_config(opened.config, folder, common)
-        _copy_extras(extras_from or opened.extras, layout, folder)
+        for place in (opened.path, find_tokenizer(opened.path)) if extras_from is None else (extras_from,):
+            _copy_extras(place, layout, folder)
 
 
 @dataclass(frozen=True)

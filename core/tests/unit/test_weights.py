@@ -524,10 +524,6 @@ def test_a_runs_checkpoint_is_a_source(net: Toy, tmp_path: Path, monkeypatch: An
         other = Toy(ToyConfig())
         weights.load(other, tmp_path / layout, MODEL)
         assert same(net, other)
-    (tmp_path / "words.txt").write_text("x y")
-    run.info = {"recipe": {"data": {"tokenizer": str(tmp_path)}}}
-    weights.convert(tmp_path / "step", tmp_path / "worded", MODEL, "plain")
-    assert (tmp_path / "worded" / "words.txt").read_text() == "x y"
     run.info = {"model": "game"}
     with pytest.raises(UserError, match="step: is a checkpoint of game, not of toy"):
         weights.convert(tmp_path / "step", tmp_path / "no", MODEL, "plain")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from mindspeed_model_core.data import train_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_llama2.config import PRESETS
-from mindspeed_model_llama2.data import Llama2Data, find_tokenizer, open_tokenizer
+from mindspeed_model_llama2.data import Llama2Data, open_tokenizer
 from mindspeed_model_llama2.task import Llama2Recipe, NextToken
 
 
@@ -32,27 +31,6 @@ def test_the_tokenizer_of_the_data_goes_before_that_of_the_weights(trained: Path
     weights = str(tmp_path / "weights")
     assert open_tokenizer(Llama2Data(tokenizer=str(trained)), weights, config).name_or_path == str(trained)
     assert open_tokenizer(Llama2Data(), weights, config).name_or_path == weights
-
-
-def test_metas_release_keeps_its_tokenizer_one_folder_up(tmp_path: Path) -> None:
-    release = tmp_path / "llama-2-7b"
-    release.mkdir()
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    assert find_tokenizer(release) is None
-    (release / "params.json").write_text("{}")
-    assert find_tokenizer(release) == str(tmp_path / "tokenizer.model")
-
-
-def test_a_run_remembers_its_tokenizer(trained: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
-    for fields, found in (
-        ({"data": {"tokenizer": str(trained)}, "init_from": None}, str(trained)),
-        ({"data": {"tokenizer": None}, "init_from": str(trained)}, str(trained)),
-        ({"data": {"tokenizer": None}, "init_from": None}, None),
-    ):
-        (checkpoint / "run.json").write_text(json.dumps({"recipe": fields}))
-        assert find_tokenizer(checkpoint) == find_tokenizer(tmp_path / "run") == found
 
 
 @pytest.mark.parametrize(
