@@ -116,6 +116,9 @@ class ToyTask:
                 {"tokens": ids, "labels": ids, "positions": torch.arange(tokens), "lengths": (first, tokens - first)}
             ]
 
+    def encode(self, batch: Batch) -> Batch:
+        return batch
+
     def work(self, batch: Batch) -> Work:
         """Return nothing much."""
         return Work(1, len(batch["tokens"]), 1.0)
