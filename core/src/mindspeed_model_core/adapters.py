@@ -344,8 +344,8 @@ def _published(
             if pair is not None:
                 a, b = pair.read()
                 start = form.prefix + part.name.removesuffix("weight")
-                yield f"{start}lora_A.weight", a.to(dtype or a.dtype)
-                yield f"{start}lora_B.weight", part.op.split(b).to(dtype or b.dtype)
+                for name, factor in ((f"{start}lora_A.weight", a), (f"{start}lora_B.weight", part.op.split(b))):
+                    yield name, weights.cast(factor, dtype, name)
 
 
 def _target_modules(modules: set[str], everything: set[str]) -> list[str]:

@@ -180,7 +180,7 @@ def whole(build: Callable[[Any], nn.Module], config: Any) -> tuple[dict[str, tup
 
 
 def check(opened: Opened, bounds: Mapping[str, Bound]) -> None:
-    """Raise UserError unless the source has every tensor the table asks for, in its shape, and no other."""
+    """Raise UserError unless the source has every tensor the table asks for, in its shape, of floats, and no other."""
     tensors = opened.tensors
     have = set(tensors.names())
     need = {part.name: (part, bound) for bound in bounds.values() for part in bound.parts}
@@ -194,6 +194,11 @@ def check(opened: Opened, bounds: Mapping[str, Bound]) -> None:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UserError(f"{tensors.where(unknown[0])}: unknown key {unknown[0]!r}{more}{nearest(unknown[0], need)}")
     for name, (part, _) in need.items():
+        if not tensors.dtype(name).is_floating_point:
+            kind = str(tensors.dtype(name)).removeprefix("torch.")
+            raise UserError(
+                f"{tensors.where(name)}: {name}: holds {kind}, not floating-point numbers: is it quantized?"
+            )
         if tensors.shape(name) != part.shape:
             raise UserError(
                 f"{tensors.where(name)}: {name}: has shape {list(tensors.shape(name))}, "
@@ -275,12 +280,11 @@ def read(
 ) -> Tensor:
     """Return our parameter from its parts: whole, or the (start, length) pieces of it along ``dim`` in their order."""
     if dim is None or pieces is None:
-        parts = [p.op.join(tensors.read(p.name)).to(dtype or tensors.dtype(p.name)) for p in bound.parts]
+        parts = [cast(p.op.join(tensors.read(p.name)), dtype, p.name) for p in bound.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, bound.dim)
 
     def part_piece(part: Part, start: int, length: int) -> Tensor:
-        out = _slice(tensors, part, dim, start, length)
-        return out.to(dtype or out.dtype)
+        return cast(_slice(tensors, part, dim, start, length), dtype, part.name)
 
     if dim != bound.dim:
         rows = [[part_piece(part, start, length) for start, length in pieces] for part in bound.parts]
@@ -292,6 +296,22 @@ def read(
             if low < high:
                 out.append(part_piece(part, low - part.start, high - low))
     return out[0] if len(out) == 1 else torch.cat(out, dim)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
+    """Return a tensor in another type, or as it is for None; UserError if a finite value becomes infinite."""
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    out = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not out.isfinite().all():
+        lost = out.isinf() & tensor.isfinite()
+        if lost.any():
+            kind, most = str(dtype).removeprefix("torch."), tensor[lost].abs().max().item()
+            raise UserError(
+                f"{name}: holds {most:.4g}, and the largest {kind} is {torch.finfo(dtype).max:.4g}; keep "
+                f"{str(tensor.dtype).removeprefix('torch.')}, or take bf16"
+            )
+    return out
 
 
 def _slice(tensors: Source, part: Part, dim: int, start: int, length: int) -> Tensor:
@@ -343,7 +363,7 @@ def save(
                     writer = _create(folder, layout, specs, extra, count, shard_bytes)
                 if kind != first:
                     raise ValueError(f"{name}: is {kind}, those before it {first}; say which with dtype=")
-                for theirs, part in bounds[name].split(tensor.detach().to("cpu", kind)):
+                for theirs, part in bounds[name].split(cast(tensor.detach().cpu(), kind, name)):
                     writer.write(theirs, part)
                 left.discard(name)
                 del tensor
@@ -450,7 +470,7 @@ class _Job:
             if self.adapters is not None:
                 ours = self.adapters.add(here.name.removesuffix(".weight"), ours)
             for name, part in there.split(ours):
-                writer.write(name, part.to(specs[name].dtype))
+                writer.write(name, cast(part, specs[name].dtype, name))
         elif isinstance(here, Part) and isinstance(there, Part):
             same = here.op == there.op
             spec, slot = specs[there.name], tensors.slot(here.name)
@@ -459,7 +479,7 @@ class _Job:
                 return
             tensor = tensors.read(here.name)
             tensor = tensor if same else there.op.split(here.op.join(tensor))
-            writer.write(there.name, tensor.to(spec.dtype))
+            writer.write(there.name, cast(tensor, spec.dtype, there.name))
 
 
 def _create(

@@ -560,6 +560,35 @@ def test_destination_is_never_overwritten_unasked(plain: Path, tmp_path: Path) -
         weights.convert(plain, tmp_path / "file" / "below", MODEL, "plain")
 
 
+@pytest.mark.parametrize("layout", ["plain", "turned"])
+def test_a_cast_never_makes_a_value_infinite(net: Toy, tmp_path: Path, layout: str) -> None:
+    with torch.no_grad():
+        net.mixes[1].qk[0, 0] = 70_000.0
+        net.scale[0] = torch.inf  # is, and stays
+    weights.save(net.named_parameters(), net.config, PLAIN, tmp_path / "source")
+    with pytest.raises(UserError, match=r"layer\.1\.q: holds 7e\+04, and the largest float16 is 6\.55e\+04"):
+        weights.convert(tmp_path / "source", tmp_path / "half", MODEL, layout, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"blocks\.1\.qk: holds 7e\+04"):
+        weights.save(net.named_parameters(), net.config, PLAIN, tmp_path / "half", dtype=torch.float16)
+    other = Toy(ToyConfig()).half()
+    with pytest.raises(UserError, match=r"layer\.1\.q: holds 7e\+04"):
+        weights.load(other, tmp_path / "source", MODEL)
+    assert left(tmp_path) == ["source"]
+    weights.convert(tmp_path / "source", tmp_path / "brain", MODEL, layout, dtype=torch.bfloat16)
+
+
+def test_weights_that_are_no_floats_are_refused(plain: Path, tmp_path: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors["layer.0.q"] = tensors["layer.0.q"].to(torch.int8)
+    save_file(tensors, plain / "model.safetensors")
+    for attempt in (
+        lambda: weights.load(Toy(ToyConfig()), plain, MODEL),
+        lambda: weights.convert(plain, tmp_path / "out", MODEL, "turned"),
+    ):
+        with pytest.raises(UserError, match=r"model\.safetensors: layer\.0\.q: holds int8, not floating-point"):
+            attempt()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
