@@ -344,8 +344,8 @@ def _published(
             if pair is not None:
                 a, b = pair.read()
                 start = form.prefix + part.name.removesuffix("weight")
-                for name, factor in ((f"{start}lora_A.weight", a), (f"{start}lora_B.weight", part.op.split(b))):
-                    yield name, weights.cast(factor, dtype, name)
+                for key, factor in ((f"{start}lora_A.weight", a), (f"{start}lora_B.weight", part.op.split(b))):
+                    yield key, weights.cast(factor, dtype, key)
 
 
 def _target_modules(modules: set[str], everything: set[str]) -> list[str]:
