@@ -12,14 +12,14 @@ import torch
 import typer
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import weights
-from mindspeed_model_core.data.tokenizer import encode
+from mindspeed_model_core.data.tokenizer import encode, find_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.nn import KVCache
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from .data import find_tokenizer, fitting_tokenizer
+from .data import fitting_tokenizer
 from .model import Llama2
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -160,6 +160,7 @@ HUB = Layout(
     read_config=read_hub_config,
     write_config=write_hub_config,
     files=Safetensors("diffusion_pytorch_model", _FOLDER),
+    config_file=f"{_FOLDER}/config.json",
     loose=("rope_max_seq_len",),
     adapter=DIFFUSERS,
 )
