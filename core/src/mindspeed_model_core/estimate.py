@@ -292,7 +292,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Bytes for one micro-batch: a block's, its attention's results, its input's alone, what all blocks share, the embedding's, the head's."""
+    """Bytes for one micro-batch: a block's, its attention's results and its input's alone, what all blocks share, the
+    embedding's, the head's.
+    """
 
     block: int
     attention: int

@@ -67,7 +67,9 @@ def add_noise(clean: Tensor, seeds: tuple[int, ...], config: FlowConfig) -> Nois
     clean = clean.to(drawn.dtype)
     sigma = grid[places].float().to(device)
     spread = sigma.view(-1, *(1,) * (clean.dim() - 1))
-    return Noised((1 - spread) * clean + spread * drawn, drawn - clean, STEPS * sigma, weight[places].float().to(device))
+    return Noised(
+        (1 - spread) * clean + spread * drawn, drawn - clean, STEPS * sigma, weight[places].float().to(device)
+    )
 
 
 def velocity_loss(predicted: Tensor, velocity: Tensor, weight: Tensor) -> Tensor:

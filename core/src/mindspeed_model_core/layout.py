@@ -280,7 +280,8 @@ class Layout:
     ``build`` makes the network and ``table`` the weight table of a configuration. ``silent`` are configuration fields
     the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
     weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
-    the layout has beside ours; ``extras`` names files copied along from the source; ``config_file`` is where the
+    the layout has beside ours; ``extras`` names files and ``parts`` folders copied along from where the weights came
+    from, and ``complete`` writes what describes them all; ``config_file`` is where the
     configuration is; ``shards`` gives the number of files; ``adapter`` is the form adapters of the layout's modules are
     published in, if there is one.
     """
@@ -297,6 +298,8 @@ class Layout:
     loose: tuple[str, ...] = ()
     extra: Callable[[Any, torch.dtype], Mapping[str, Tensor]] = lambda config, dtype: {}
     extras: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    complete: Callable[[Any, Path], None] = lambda config, folder: None
     config_file: str = "config.json"
     shards: Callable[[Any, int | None], int] = _one
     adapter: AdapterFormat | None = None
@@ -304,7 +307,7 @@ class Layout:
     @property
     def holds(self) -> tuple[str, ...]:
         """What a folder in this layout may hold, as patterns of paths: all that we would write into one."""
-        return (self.config_file, *self.files.patterns, *self.extras)
+        return (self.config_file, *self.files.patterns, *self.extras, *(f"{part}/*" for part in self.parts))
 
     def check(self, folder: Path) -> None:
         """Raise UserError unless the folder's configuration is this model's and its files of tensors can be read."""

@@ -152,7 +152,7 @@ class Session:
             mistake = str(error)
         count = sum(self.task.count(batch) for batch in batches)
         if mesh.groups:
-            # On the host, so that the device's queue never empties for it; tp, cp and pp ranks repeat their data rank's.
+            # On the host, so that the device's queue never empties for it; the other ranks repeat their data rank's.
             mine = count if mesh.draws else 0
             sums = torch.tensor([mine, int(mistake is not None)])
             dist.all_reduce(sums, group=mesh.host_group)

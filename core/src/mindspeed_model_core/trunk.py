@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from .errors import UserError
 from .parallel.context import ContextParallel
+from .parallel.tensor import even_share
 
 Batch = dict[str, Any]
 State = dict[str, Tensor]
@@ -24,8 +24,8 @@ class Trunk(nn.Module, ABC):
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
     ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed from
     the batch alone is in the Context, made anew on every pipeline stage. ``recompute`` is how many of the blocks held
-    here run again in backward, all of them but, with ``recompute_keep="attention"``, the attention; ``sequence_ranks`` how many ranks share the tokens between tensor-parallel regions,
-    and ``cp`` how they are shared out over whole blocks.
+    here run again in backward, but for their attention if that is what ``recompute_keep`` says. ``sequence_ranks``
+    ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole blocks.
     """
 
     first: tuple[str, ...] = ()
@@ -74,12 +74,7 @@ class Trunk(nn.Module, ABC):
         """Return how many of a sample's tokens this process holds between tensor-parallel regions."""
         if self.cp is not None:
             tokens = self.cp.share(tokens)[1]
-        if tokens % self.sequence_ranks:
-            raise UserError(
-                f"parallel.sequence=true: {self.sequence_ranks} tensor-parallel ranks cannot share {tokens} tokens "
-                f"evenly; set parallel.sequence=false or choose sizes with a multiple of {self.sequence_ranks} tokens"
-            )
-        return tokens // self.sequence_ranks
+        return even_share(tokens, self.sequence_ranks)
 
     def forward(self, batch: Batch, state: State | None = None) -> Tensor | State:
         """Run the blocks this process holds: from ``state`` if given, to the output if the head is here."""

@@ -38,13 +38,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Opened:
-    """A source of weights: its configuration, its table and its tensors."""
+    """A source of weights: its configuration, table and tensors; for a run, the folders it had its parts from."""
 
     path: Path
     config: Any
     table: Table
     tensors: Source
     layout: Layout | None = None
+    origins: tuple[str, ...] = ()
 
 
 def find_layout(model: Model, name: str) -> Layout:
@@ -88,7 +89,8 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None, 
             )
         kind = type(next(iter(model.presets.values())))
         config: Any = recipes.validate(kind, run.config, f"{path}: config")  # type: ignore[type-var]
-        opened = Opened(path, config, Table(*(Row(name, name) for name in whole(model.build, config)[0])), run)
+        rows = (Row(name, name) for name in whole(model.build, config)[0])
+        opened = Opened(path, config, Table(*rows), run, origins=run.origins)
         loose: tuple[str, ...] = ()
     else:
         if ema:
@@ -146,6 +148,8 @@ class _Run:
         info = getattr(opened, "info", {})
         self.model, recipe = info.get("model"), info.get("recipe") or {}
         self.lora, self.base = recipe.get("lora"), recipe.get("init_from")
+        named = ((recipe.get("data") or {}).get("encoders"), self.base)
+        self.origins = tuple(folder for folder in named if folder)
 
     def names(self) -> list[str]:
         return list(self.opened.names())
@@ -375,6 +379,7 @@ def save(
                 writer.close()
         layout.write_config(config, folder, first)
         _copy_extras(extras_from, layout, folder)
+        layout.complete(config, folder)
 
 
 def convert(
@@ -449,8 +454,10 @@ def convert(
             pool.shutdown(wait=True, cancel_futures=True)
             writer.close()
         layout.write_config(opened.config, folder, common)
-        for place in (opened.path, find_tokenizer(opened.path)) if extras_from is None else (extras_from,):
+        places = [opened.path, find_tokenizer(opened.path), *opened.origins] if extras_from is None else [extras_from]
+        for place in places:
             _copy_extras(place, layout, folder)
+        layout.complete(opened.config, folder)
 
 
 @dataclass(frozen=True)
@@ -503,6 +510,9 @@ def _copy_extras(origin: str | Path | None, layout: Layout, folder: Path) -> Non
     for name in layout.extras:
         if (origin / name).is_file() and not (folder / name).exists():
             shutil.copyfile(origin / name, folder / name)
+    for part in layout.parts:
+        if (origin / part).is_dir() and not (folder / part).exists():
+            shutil.copytree(origin / part, folder / part)
 
 
 @contextmanager

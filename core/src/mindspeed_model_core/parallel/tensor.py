@@ -8,8 +8,19 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from . import engine
 from .context import gather_tokens
+
+
+def even_share(tokens: int, ranks: int) -> int:
+    """Return the tokens of each of ``ranks``; UserError unless sequence parallelism can share them evenly."""
+    if tokens % ranks:
+        raise UserError(
+            f"parallel.sequence=true: {ranks} tensor-parallel ranks cannot share {tokens} tokens evenly; set "
+            f"parallel.sequence=false, or choose sizes with a multiple of {ranks} tokens"
+        )
+    return tokens // ranks
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,10 @@ class TensorParallel:
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """Return this rank's share of the tokens (dim 0) of a tensor that wants no gradient."""
-        share = len(x) // self.size
-        return x.narrow(0, self.rank * share, share) if self.sequence else x
+        if not self.sequence:
+            return x
+        share = even_share(len(x), self.size)
+        return x.narrow(0, self.rank * share, share)
 
     def all_tokens(self, x: Tensor) -> Tensor:
         """Join the ranks' shares of the tokens; every rank then computes the same."""
