@@ -20,7 +20,7 @@ from torch import Tensor
 from . import checkpoint, lora, weights
 from . import recipe as recipes
 from .errors import UserError, nearest
-from .layout import DIFFUSERS, PEFT, AdapterFormat, Bound, Layout
+from .layout import ADAPTER_CONFIG, DIFFUSERS, PEFT, AdapterFormat, Bound, Layout
 from .recipe import LoraConfig
 from .tensorfile import Reader, Spec, Writer, create_safetensors, open_safetensors, read_json, read_metadata, write_json
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .parallel.shard import Shard
 
 FORMATS = (PEFT, DIFFUSERS)
-_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 # What peft can do to a layer beside adding B A x, and the value that leaves it out.
 _PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
@@ -213,7 +212,7 @@ class _Said:
                 raise UserError(f"{file}: {_METADATA}: not valid JSON: {error}") from None
             values = {key.removeprefix(form.prefix): value for key, value in raw.items()}
         else:
-            file = path / _CONFIG
+            file = path / ADAPTER_CONFIG
             values = read_json(file)
             for key in ("r", "lora_alpha"):
                 if not isinstance(values.get(key), (int, float)) or values[key] <= 0:
@@ -327,7 +326,7 @@ def convert(
             writer.write(name, tensor)
         writer.finish()
         if not form.in_file:
-            write_json(folder / _CONFIG, said)
+            write_json(folder / ADAPTER_CONFIG, said)
 
 
 def _published(
@@ -345,8 +344,8 @@ def _published(
             if pair is not None:
                 a, b = pair.read()
                 start = form.prefix + part.name.removesuffix("weight")
-                yield f"{start}lora_A.weight", a.to(dtype or a.dtype)
-                yield f"{start}lora_B.weight", part.op.split(b).to(dtype or b.dtype)
+                for key, factor in ((f"{start}lora_A.weight", a), (f"{start}lora_B.weight", part.op.split(b))):
+                    yield key, weights.cast(factor, dtype, key)
 
 
 def _target_modules(modules: set[str], everything: set[str]) -> list[str]:

@@ -277,7 +277,8 @@ def app(model: Model) -> typer.Typer:
         ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     ) -> None:
-        from .weights import DTYPES
+        from .data.tokenizer import FILES, has_tokenizer
+        from .weights import DTYPES, find_layout
         from .weights import convert as convert_weights
 
         if dtype is not None and dtype not in DTYPES:
@@ -307,6 +308,9 @@ def app(model: Model) -> typer.Typer:
                 progress=lambda done, total: shown.update(task, completed=done, total=total),
             )
         typer.echo(f"{destination}: written in layout {layout}")
+        chosen = find_layout(model, layout)
+        if set(FILES) & set(chosen.extras) and chosen.detect(destination) and not has_tokenizer(destination):
+            typer.echo(f"{destination}: has no tokenizer, none was found with {source}; copy its files there", err=True)
 
     @cli.command(
         help=_help(

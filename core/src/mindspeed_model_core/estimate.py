@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import lora
 from .model import Model
-from .parallel.apply import COMPUTE, MASTER, check
+from .parallel.apply import COMPUTE, MASTER, check, recomputed
 from .parallel.context import ContextParallel, ContextShared
 from .parallel.placement import placements
 from .parallel.tensor import TensorParallel
@@ -97,7 +97,7 @@ def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
     check(net, parallel, world)
     parameters, trainable = _count(net.parameters()), _count(p for p in net.parameters() if p.requires_grad)
     dp = world // parallel.model
-    steps = max(1, recipe.global_batch // (recipe.micro_batch * dp))
+    steps = recipe.micro_batches(dp)
     _narrow(net, parallel)
     activations = _activations(net, recipe, model)
     stages = [
@@ -292,7 +292,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Bytes for one micro-batch: a block's, its attention's results, its input's alone, what all blocks share, the embedding's, the head's."""
+    """Bytes for one micro-batch: a block's, its attention's results and its input's alone, what all blocks share, the
+    embedding's, the head's.
+    """
 
     block: int
     attention: int
@@ -364,8 +366,7 @@ def _stage(
     first, last = stage == 0, stage == pp - 1
     absent = (() if first else net.first) + (() if last else net.last) + ("blocks",)
     rest = [p for name, p in net.named_parameters() if name.split(".")[0] not in absent]
-    wanted = {"none": 0, "all": per}.get(str(recipe.recompute), recipe.recompute)
-    again = max(0, min(int(wanted), per))
+    again = recomputed(recipe.recompute, per)
     a = activations
     left = a.entry + (a.attention if recipe.recompute_keep == "attention" else 0)
     kept = (per - again) * a.block + again * left + a.shared + (a.first if first else 0)

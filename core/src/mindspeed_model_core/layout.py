@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .recipe import Section
-from .tensorfile import Spec, Writer
+from .tensorfile import Spec, Writer, open_safetensors
 
 
 class Op(ABC):
@@ -212,16 +212,35 @@ class Source(Protocol):
 
 
 class Files(Protocol):
-    """How a layout keeps tensors in a folder."""
+    """How a layout keeps tensors in a folder; ``patterns`` are the paths that files of tensors may have in it."""
 
+    @property
+    def patterns(self) -> tuple[str, ...]: ...
     def open(self, folder: Path) -> Source: ...
     def create(self, folder: Path, specs: Mapping[str, Spec], *, shards: int, shard_bytes: int) -> Writer: ...
+
+
+def first_stranger(folder: Path, patterns: Sequence[str]) -> Path | None:
+    """Return something below ``folder`` whose path matches none of the patterns (``*`` stays in one part), or None."""
+    wanted = [PurePath(pattern) for pattern in patterns]
+    inner = {parent for pattern in wanted for parent in pattern.parents}
+    for path in sorted(folder.rglob("*")):
+        here = path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            if here not in inner:
+                return here
+        elif not any(len(here.parts) == len(w.parts) and here.match(str(w)) for w in wanted):
+            return here
+    return None
 
 
 def _one(config: Any, shards: int | None) -> int:
     if shards is not None:
         raise UserError(f"shards={shards}: this layout cuts its files by size, leave shards out")
     return 1
+
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -240,6 +259,15 @@ class AdapterFormat:
         """Whether a folder holds adapters in this form."""
         return (folder / self.file).is_file()
 
+    def check(self, folder: Path) -> None:
+        """Raise UserError unless the file of adapters can be read."""
+        open_safetensors(folder / self.file)
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What a folder in this form may hold, as patterns of paths."""
+        return (self.file,) if self.in_file else (self.file, ADAPTER_CONFIG)
+
 
 PEFT = AdapterFormat("peft", "adapter_model.safetensors", "base_model.model.")
 DIFFUSERS = AdapterFormat("diffusers", "pytorch_lora_weights.safetensors", "transformer.", in_file=True)
@@ -252,8 +280,10 @@ class Layout:
     ``build`` makes the network and ``table`` the weight table of a configuration. ``silent`` are configuration fields
     the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
     weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
-    the layout has beside ours; ``extras`` names files copied along from the source; ``shards`` gives the number of
-    files; ``adapter`` is the form adapters of the layout's modules are published in, if there is one.
+    the layout has beside ours; ``extras`` names files and ``parts`` folders copied along from where the weights came
+    from, and ``complete`` writes what describes them all; ``config_file`` is where the
+    configuration is; ``shards`` gives the number of files; ``adapter`` is the form adapters of the layout's modules are
+    published in, if there is one.
     """
 
     name: str
@@ -268,5 +298,18 @@ class Layout:
     loose: tuple[str, ...] = ()
     extra: Callable[[Any, torch.dtype], Mapping[str, Tensor]] = lambda config, dtype: {}
     extras: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    complete: Callable[[Any, Path], None] = lambda config, folder: None
+    config_file: str = "config.json"
     shards: Callable[[Any, int | None], int] = _one
     adapter: AdapterFormat | None = None
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What a folder in this layout may hold, as patterns of paths: all that we would write into one."""
+        return (self.config_file, *self.files.patterns, *self.extras, *(f"{part}/*" for part in self.parts))
+
+    def check(self, folder: Path) -> None:
+        """Raise UserError unless the folder's configuration is this model's and its files of tensors can be read."""
+        self.read_config(folder)
+        self.files.open(folder)

@@ -8,10 +8,19 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import UserError, nearest
 
@@ -19,9 +28,9 @@ Precision = Literal["bf16", "bf16-pure", "fp32", "fp64"]
 
 
 class Section(BaseModel):
-    """A frozen group of recipe fields; an unknown key is an error."""
+    """A frozen group of recipe fields; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def local(default: Any, **kwargs: Any) -> Any:
@@ -64,11 +73,14 @@ def optional(default: Any = None, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"digest": "set"}, **kwargs)
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
@@ -110,15 +122,17 @@ class ProfileConfig(Section):
 
     start: int | None = local(None, ge=1, description="first profiled step; null: off")
     stop: int | None = local(None, ge=1, description="last profiled step")
-    ranks: tuple[int, ...] = local((0,))
+    ranks: tuple[NonNegativeInt, ...] = local((0,))
     memory: bool = local(False, description="also write a memory snapshot")
     stacks: bool = local(False, description="record Python stacks")
     shapes: bool = local(False, description="record input shapes")
 
     @model_validator(mode="after")
     def _check(self) -> ProfileConfig:
+        if self.start is None and self.stop is not None:
+            raise ValueError(f"stop={self.stop} needs a start; set profile.start={self.stop} or earlier")
         if self.start and (self.stop or self.start) < self.start:
-            raise ValueError(f"stop={self.stop} is before start={self.start}")
+            raise ValueError(f"stop={self.stop} is before start={self.start}; nearest: stop={self.start}")
         return self
 
 
@@ -141,7 +155,7 @@ class Recipe(Section):
     config: dict[str, Any] = Field(default_factory=dict, description="changes to the preset's fields")
     init_from: str | None = local(None, description="a hub folder or an original release; null: random weights")
     steps: PositiveInt = Field(1000)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     global_batch: PositiveInt = Field(8, description="samples per optimizer step, over all devices")
     micro_batch: PositiveInt = Field(1, description="samples per forward pass on one device")
     precision: Precision = Field(
@@ -160,6 +174,32 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
     metrics: MetricsConfig = MetricsConfig()
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _blocks(cls, value: Any) -> Any:
+        count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not count and value not in ("none", "all"):
+            raise ValueError("must be none, all, or a number of blocks from 0")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.optim.warmup > self.steps:
+            raise ValueError(
+                f"optim.warmup={self.optim.warmup}: is longer than the run, steps={self.steps}; nearest: {self.steps}"
+            )
+        return self
+
+    def micro_batches(self, ranks: int) -> int:
+        """Return how many micro-batches each of ``ranks`` data ranks has in a step; UserError if they do not divide."""
+        share = self.micro_batch * ranks
+        if self.global_batch % share:
+            raise UserError(
+                f"global_batch={self.global_batch}: not a multiple of micro_batch={self.micro_batch} x {ranks} data "
+                f"ranks = {share}; nearest: {max(share, round(self.global_batch / share) * share)}"
+            )
+        return self.global_batch // share
 
     def digest(self) -> str:
         """Return 12 hex digits that change exactly when a field that changes the work does."""

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -347,6 +347,12 @@ class Safetensors:
     stem: str = "model"
     subfolder: str = ""
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The paths of the files, in the folder."""
+        names = (f"{self.stem}.safetensors", f"{self.stem}-*-of-*.safetensors", f"{self.stem}.safetensors.index.json")
+        return tuple(f"{self.subfolder}/{name}" if self.subfolder else name for name in names)
+
     def open(self, folder: Path) -> Reader:
         """Read the headers of all files; UserError names a file or key that is missing."""
         if (folder / self.subfolder).is_dir():
@@ -479,6 +485,7 @@ class Consolidated:
     """
 
     cut: Callable[[str], int | None]
+    patterns: ClassVar[tuple[str, ...]] = ("consolidated.*.pth",)
 
     def open(self, folder: Path) -> Reader:
         """Read where the tensors of all files lie; UserError names a file or key that is missing."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import adapters, checkpoint, lora, profile, weights
 from . import device as devices
 from .data.slots import CONTENT
+from .data.tokenizer import keep_tokenizer, recipe_tokenizer
 from .errors import UserError
 from .metrics import Recorder, StepRecord
 from .model import Model
@@ -83,7 +84,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, model: Model, mesh: Mesh, *, synthetic: bool = False) -> None:
         self.recipe, self.model, self.mesh = recipe, model, mesh
-        _check_batch(recipe, mesh)
+        recipe.micro_batches(mesh.dp)
         if recipe.deterministic:
             devices.be_deterministic()
         self.config = model.config(recipe)
@@ -165,7 +166,7 @@ class Session:
             mistake = str(error)
         count = sum(self.task.count(batch) for batch in batches)
         if mesh.groups:
-            # On the host, so that the device's queue never empties for it; tp, cp and pp ranks repeat their data rank's.
+            # On the host, so that the device's queue never empties for it; the other ranks repeat their data rank's.
             mine = count if mesh.draws else 0
             sums = torch.tensor([mine, int(mistake is not None)])
             dist.all_reduce(sums, group=mesh.host_group)
@@ -234,6 +235,7 @@ def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = Fal
     later saves before it ends; a loss or gradient norm that is not finite ends the run with what was saved before it.
     """
     mesh = open_mesh(recipe.parallel)
+    _check_profile(recipe, mesh.world)
     done = _run(recipe, model, mesh, Path(run_dir), resume, watch)
     # Not after an error: the other ranks may be anywhere, and leaving the group would wait for them.
     close_mesh(mesh)
@@ -298,6 +300,8 @@ def _train(session: Session, folder: Path, resume: bool, watch: Sequence[Watch])
                     # The folder first: a run without it has lost its checkpoints, one with it had none yet.
                     (folder / checkpoint.FOLDER).mkdir(exist_ok=True)
                     checkpoint.write_text(folder / "recipe.yaml", recipe.to_yaml())
+                    if (words := recipe_tokenizer(recipe.model_dump())) is not None:
+                        keep_tokenizer(words, folder)
                 stop = report.take(session.number, totals, late=late)
                 saver.check()
                 if recipe.checkpoint.every and session.number % recipe.checkpoint.every == 0:
@@ -547,13 +551,13 @@ def _check_folder(folder: Path) -> None:
             raise UserError(f"--run-dir={folder}: {part} is a file; name a folder")
 
 
-def _check_batch(recipe: Recipe, mesh: Mesh) -> None:
-    share = recipe.micro_batch * mesh.dp
-    if recipe.global_batch % share:
-        nearby = max(share, round(recipe.global_batch / share) * share)
+def _check_profile(recipe: Recipe, world: int) -> None:
+    profile = recipe.profile
+    beyond = [rank for rank in profile.ranks if rank >= world]
+    if profile.start is not None and beyond:
         raise UserError(
-            f"global_batch={recipe.global_batch}: not a multiple of micro_batch={recipe.micro_batch} x {mesh.dp} data "
-            f"ranks = {share}; nearest: {nearby}"
+            f"profile.ranks={list(profile.ranks)}: there is no rank {beyond[0]} among {world} processes; "
+            f"nearest: {world - 1}"
         )
 
 

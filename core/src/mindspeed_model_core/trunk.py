@@ -24,8 +24,8 @@ class Trunk(nn.Module, ABC):
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
     ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed from
     the batch alone is in the Context, made anew on every pipeline stage. ``recompute`` is how many of the blocks held
-    here run again in backward, all of them but, with ``recompute_keep="attention"``, the attention; ``sequence_ranks`` how many ranks share the tokens between tensor-parallel regions,
-    and ``cp`` how they are shared out over whole blocks.
+    here run again in backward, but for their attention if that is what ``recompute_keep`` says. ``sequence_ranks``
+    ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole blocks.
     """
 
     first: tuple[str, ...] = ()

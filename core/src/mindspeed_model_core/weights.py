@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import lora
 from . import recipe as recipes
 from .errors import UserError, nearest
-from .layout import AdapterFormat, Bound, Layout, Part, Row, Source, Table
+from .layout import AdapterFormat, Bound, Layout, Part, Row, Source, Table, first_stranger
 from .parallel.placement import Placement, placements
 from .recipe import Section
 from .tensorfile import Spec, Writer
@@ -38,14 +38,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Opened:
-    """A source of weights: its configuration, its table, its tensors, and where its tokenizer files are."""
+    """A source of weights: its configuration, table and tensors; for a run, the folders it had its parts from."""
 
     path: Path
     config: Any
     table: Table
     tensors: Source
     layout: Layout | None = None
-    extras: str | Path | None = None
+    origins: tuple[str, ...] = ()
 
 
 def find_layout(model: Model, name: str) -> Layout:
@@ -89,9 +89,8 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None, 
             )
         kind = type(next(iter(model.presets.values())))
         config: Any = recipes.validate(kind, run.config, f"{path}: config")  # type: ignore[type-var]
-        opened = Opened(
-            path, config, Table(*(Row(name, name) for name in whole(model.build, config)[0])), run, None, run.tokenizer
-        )
+        rows = (Row(name, name) for name in whole(model.build, config)[0])
+        opened = Opened(path, config, Table(*rows), run, origins=run.origins)
         loose: tuple[str, ...] = ()
     else:
         if ema:
@@ -104,7 +103,7 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None, 
                 f"{path}: no weights of {model.name} here; known: {known}, a run's checkpoint; found: {held}"
             )
         config = _complete(layout.read_config(path), layout, model, wanted)
-        opened = Opened(path, config, layout.table(config), layout.files.open(path), layout, path)
+        opened = Opened(path, config, layout.table(config), layout.files.open(path), layout)
         loose = (*layout.loose, *layout.silent)
     if wanted is not None:
         agree(path, config, wanted, f"preset {preset!r}", model, loose)
@@ -149,7 +148,8 @@ class _Run:
         info = getattr(opened, "info", {})
         self.model, recipe = info.get("model"), info.get("recipe") or {}
         self.lora, self.base = recipe.get("lora"), recipe.get("init_from")
-        self.tokenizer = (recipe.get("data") or {}).get("tokenizer") or recipe.get("init_from")
+        named = ((recipe.get("data") or {}).get("encoders"), self.base)
+        self.origins = tuple(folder for folder in named if folder)
 
     def names(self) -> list[str]:
         return list(self.opened.names())
@@ -184,7 +184,7 @@ def whole(build: Callable[[Any], nn.Module], config: Any) -> tuple[dict[str, tup
 
 
 def check(opened: Opened, bounds: Mapping[str, Bound]) -> None:
-    """Raise UserError unless the source has every tensor the table asks for, in its shape, and no other."""
+    """Raise UserError unless the source has every tensor the table asks for, in its shape, of floats, and no other."""
     tensors = opened.tensors
     have = set(tensors.names())
     need = {part.name: (part, bound) for bound in bounds.values() for part in bound.parts}
@@ -198,6 +198,11 @@ def check(opened: Opened, bounds: Mapping[str, Bound]) -> None:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UserError(f"{tensors.where(unknown[0])}: unknown key {unknown[0]!r}{more}{nearest(unknown[0], need)}")
     for name, (part, _) in need.items():
+        if not tensors.dtype(name).is_floating_point:
+            kind = str(tensors.dtype(name)).removeprefix("torch.")
+            raise UserError(
+                f"{tensors.where(name)}: {name}: holds {kind}, not floating-point numbers: is it quantized?"
+            )
         if tensors.shape(name) != part.shape:
             raise UserError(
                 f"{tensors.where(name)}: {name}: has shape {list(tensors.shape(name))}, "
@@ -279,12 +284,11 @@ def read(
 ) -> Tensor:
     """Return our parameter from its parts: whole, or the (start, length) pieces of it along ``dim`` in their order."""
     if dim is None or pieces is None:
-        parts = [p.op.join(tensors.read(p.name)).to(dtype or tensors.dtype(p.name)) for p in bound.parts]
+        parts = [cast(p.op.join(tensors.read(p.name)), dtype, p.name) for p in bound.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, bound.dim)
 
     def part_piece(part: Part, start: int, length: int) -> Tensor:
-        out = _slice(tensors, part, dim, start, length)
-        return out.to(dtype or out.dtype)
+        return cast(_slice(tensors, part, dim, start, length), dtype, part.name)
 
     if dim != bound.dim:
         rows = [[part_piece(part, start, length) for start, length in pieces] for part in bound.parts]
@@ -296,6 +300,22 @@ def read(
             if low < high:
                 out.append(part_piece(part, low - part.start, high - low))
     return out[0] if len(out) == 1 else torch.cat(out, dim)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
+    """Return a tensor in another type, or as it is for None; UserError if a finite value becomes infinite."""
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    out = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not out.isfinite().all():
+        lost = out.isinf() & tensor.isfinite()
+        if lost.any():
+            kind, most = str(dtype).removeprefix("torch."), tensor[lost].abs().max().item()
+            raise UserError(
+                f"{name}: holds {most:.4g}, and the largest {kind} is {torch.finfo(dtype).max:.4g}; keep "
+                f"{str(tensor.dtype).removeprefix('torch.')}, or take bf16"
+            )
+    return out
 
 
 def _slice(tensors: Source, part: Part, dim: int, start: int, length: int) -> Tensor:
@@ -347,7 +367,7 @@ def save(
                     writer = _create(folder, layout, specs, extra, count, shard_bytes)
                 if kind != first:
                     raise ValueError(f"{name}: is {kind}, those before it {first}; say which with dtype=")
-                for theirs, part in bounds[name].split(tensor.detach().to("cpu", kind)):
+                for theirs, part in bounds[name].split(cast(tensor.detach().cpu(), kind, name)):
                     writer.write(theirs, part)
                 left.discard(name)
                 del tensor
@@ -359,6 +379,7 @@ def save(
                 writer.close()
         layout.write_config(config, folder, first)
         _copy_extras(extras_from, layout, folder)
+        layout.complete(config, folder)
 
 
 def convert(
@@ -387,6 +408,7 @@ def convert(
     the moving average of the run that is the source, or of the adapters that are merged.
     """
     from . import adapters
+    from .data.tokenizer import find_tokenizer
 
     layout = find_layout(model, layout) if isinstance(layout, str) else layout
     if merge_lora is None and adapters.is_run(source):
@@ -432,7 +454,10 @@ def convert(
             pool.shutdown(wait=True, cancel_futures=True)
             writer.close()
         layout.write_config(opened.config, folder, common)
-        _copy_extras(extras_from or opened.extras, layout, folder)
+        places = [opened.path, find_tokenizer(opened.path), *opened.origins] if extras_from is None else [extras_from]
+        for place in places:
+            _copy_extras(place, layout, folder)
+        layout.complete(opened.config, folder)
 
 
 @dataclass(frozen=True)
@@ -452,7 +477,7 @@ class _Job:
             if self.adapters is not None:
                 ours = self.adapters.add(here.name.removesuffix(".weight"), ours)
             for name, part in there.split(ours):
-                writer.write(name, part.to(specs[name].dtype))
+                writer.write(name, cast(part, specs[name].dtype, name))
         elif isinstance(here, Part) and isinstance(there, Part):
             same = here.op == there.op
             spec, slot = specs[there.name], tensors.slot(here.name)
@@ -461,7 +486,7 @@ class _Job:
                 return
             tensor = tensors.read(here.name)
             tensor = tensor if same else there.op.split(here.op.join(tensor))
-            writer.write(there.name, tensor.to(spec.dtype))
+            writer.write(there.name, cast(tensor, spec.dtype, there.name))
 
 
 def _create(
@@ -485,6 +510,9 @@ def _copy_extras(origin: str | Path | None, layout: Layout, folder: Path) -> Non
     for name in layout.extras:
         if (origin / name).is_file() and not (folder / name).exists():
             shutil.copyfile(origin / name, folder / name)
+    for part in layout.parts:
+        if (origin / part).is_dir() and not (folder / part).exists():
+            shutil.copytree(origin / part, folder / part)
 
 
 @contextmanager
@@ -493,7 +521,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Give a temporary folder that becomes ``destination`` if all goes well and is removed if not.
 
-    With ``overwrite`` it may replace a folder in one of the layouts.
+    With ``overwrite`` it may replace a folder in one of the layouts that holds nothing else.
     """
     target = Path(os.path.realpath(destination))
     if source is not None:
@@ -541,11 +569,22 @@ def _vacant(destination: Path, target: Path, overwrite: bool, layouts: Sequence[
     if any(target.iterdir()):
         if not overwrite:
             raise UserError(f"{destination}: exists; choose another destination, or overwrite it with --overwrite")
-        if not any(layout.detect(target) for layout in layouts):
-            names = " or ".join(layout.name for layout in layouts)
-            raise UserError(
-                f"{destination}: holds no weights in layout {names}, so it is not overwritten; remove it first"
-            )
+        _replaceable(destination, target, layouts)
+
+
+def _replaceable(destination: Path, target: Path, layouts: Sequence[Layout | AdapterFormat]) -> None:
+    """Raise UserError unless a folder is in one of the layouts, readable, and holds nothing that we do not write."""
+    kept = "so it is not overwritten; remove it first"
+    layout = next((each for each in layouts if each.detect(target)), None)
+    if layout is None:
+        names = " or ".join(each.name for each in layouts)
+        raise UserError(f"{destination}: holds no weights in layout {names}, {kept}")
+    try:
+        layout.check(target)
+    except UserError as error:
+        raise UserError(f"{destination}: holds no weights in layout {layout.name} ({error}), {kept}") from None
+    if (stranger := first_stranger(target, layout.holds)) is not None:
+        raise UserError(f"{destination}: also holds {stranger}, which is no part of layout {layout.name}, {kept}")
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from mindspeed_model_core.data import IGNORE, PackedText, RandomText, SlotLoader, TextData, documents, packing
+from mindspeed_model_core.data import IGNORE, PackedText, RandomText, SlotLoader, TextData, documents, order, packing
 from mindspeed_model_core.data.documents import open_documents
 from mindspeed_model_core.data.shuffle import shuffled
 from mindspeed_model_core.errors import UserError
@@ -46,6 +46,21 @@ def corpus(tmp_path: Path) -> str:
     file = tmp_path / "corpus.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()), encoding="utf-8")
     return str(file)
+
+
+@pytest.fixture
+def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same documents in files of which not all is held: Parquet in groups of 3, some lines, windows of about 7."""
+    monkeypatch.setattr(documents, "_ROW_GROUP_BUDGET", 200)
+    monkeypatch.setattr(documents, "_PIECE", 2)
+    monkeypatch.setattr(order, "WINDOW", 300)
+    folder = tmp_path / "windows"
+    folder.mkdir()
+    for number, part in enumerate((texts()[:10], texts()[10:16])):
+        table = pa.table({"text": part})
+        parquet.write_table(table, folder / f"{number}.parquet", row_group_size=3, use_dictionary=False)
+    (folder / "2.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()[16:]))
+    return str(folder)
 
 
 def loader(path: str, *, rank: int = 0, ranks: int = 1, micro: int = 1, seed: int = 5, **data: Any) -> PackedText:
@@ -88,8 +103,11 @@ LAYOUTS = [(1, 0, 1), (1, 2, 2), (2, 0, 2), (2, 2, 1), (4, 0, 1), (4, 2, 2), (1,
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("ranks", "workers", "micro"), LAYOUTS)
-def test_order_and_exact_resume_depend_on_no_layout(corpus: str, ranks: int, workers: int, micro: int) -> None:
-    total = 8
+@pytest.mark.parametrize("kind", ["corpus", "windows"])
+def test_order_and_exact_resume_depend_on_no_layout(
+    kind: str, ranks: int, workers: int, micro: int, request: pytest.FixtureRequest
+) -> None:
+    corpus, total = request.getfixturevalue(kind), 8
     reference_states: list[Any] = []
     reference = steps([loader(corpus)], 1, total, reference_states)
     assert max(place[0] for place in reference_states[-1]["slots"].values()) >= 1, "the run must cross an epoch"
@@ -125,15 +143,76 @@ def test_streams_are_the_documents_and_every_one_is_read_once_an_epoch(corpus: s
         want: list[int] = []
         labels: list[int] = []
         for epoch in range(200):
-            order = [shuffled(i, len(documents), 5, epoch) for i in range(len(documents))]
-            assert sorted(order) == list(range(len(documents)))
-            for number in order[slot::BATCH]:
+            numbers = [shuffled(i, len(documents), 5, epoch) for i in range(len(documents))]
+            assert sorted(numbers) == list(range(len(documents)))
+            for number in numbers[slot::BATCH]:
                 want += documents[number]
                 labels += [*documents[number][1:], IGNORE]
             if len(want) > 30 * LENGTH:
                 break
         assert [t for row in samples for t in row[0]] == want[: 30 * LENGTH]
         assert [t for row in samples for t in row[1]] == labels[: 30 * LENGTH]
+
+
+def test_groups_are_shuffled_and_documents_inside_windows_of_them(windows: str) -> None:
+    found = open_documents(windows)
+    groups = found.groups()
+    assert groups is not None and [group.documents for group in groups] == [3, 3, 3, 1, 3, 3, 2, 2, 1]
+    starts = np.cumsum([0, *(group.documents for group in groups)])
+    seen = set()
+    for epoch in range(3):
+        plan = order.Order(len(found), groups, 5)
+        numbers = [plan.document(epoch, place) for place in range(len(found))]
+        assert sorted(numbers) == list(range(len(found)))
+        place, sizes = 0, []
+        while place < len(found):
+            end = plan.window_end(epoch, place)
+            assert all(plan.window_end(epoch, each) == end for each in range(place, end))
+            held = {int(np.searchsorted(starts, number, "right")) - 1 for number in numbers[place:end]}
+            assert sum(groups[group].documents for group in held) == end - place, "a window is made of whole groups"
+            nbytes = sum(groups[group].nbytes for group in held)
+            assert len(held) == 1 or nbytes <= order.WINDOW
+            sizes.append(end - place)
+            place = end
+        assert len(sizes) > 2
+        seen.add(tuple(numbers))
+        assert numbers != sorted(numbers)
+    assert len(seen) == 3
+    plain = order.Order(len(found), groups, None)
+    assert [plain.document(1, place) for place in range(len(found))] == list(range(len(found)))
+    # Saved positions mean these documents: the order may not change between versions.
+    small = order.Order(9, [order.Group(3, 120)] * 3, 0)
+    assert [small.document(0, place) for place in range(9)] == [
+        6,
+        0,
+        8,
+        1,
+        2,
+        7,
+        3,
+        5,
+        4,
+    ]
+
+
+def test_a_group_is_decoded_once_a_slot_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far slots have drifted apart, a document does not cost a group."""
+    lines = [f"{i:03d} " + "x" * (i % 40) for i in range(80)]
+    parquet.write_table(pa.table({"text": lines}), tmp_path / "a.parquet", row_group_size=10, use_dictionary=False)
+    assert open_documents(str(tmp_path)).groups() is None, "what fits is shuffled as a whole"
+    monkeypatch.setattr(documents, "_ROW_GROUP_BUDGET", 300)
+    monkeypatch.setattr(order, "WINDOW", 600)
+    decoded = []
+    whole = documents._Table._decode
+    monkeypatch.setattr(documents._Table, "_decode", lambda self, n: decoded.append(n) or whole(self, n))
+    section = TextData(path=str(tmp_path), sequence_length=LENGTH)
+    ours = PackedText(section, Letters(), global_batch=2, micro_batch=1, seed=5, rank=0, ranks=1)
+    streams = [ours.source.stream(0, [0, 0, 0]), ours.source.stream(1, [0, 41, 0])]
+    epoch = 0
+    while epoch < 2:
+        _, (epoch, _, _) = next(streams[0])
+        next(streams[1])
+    assert len(decoded) <= 1 + 2 * 8 * 3
 
 
 def test_shuffle_false_keeps_the_files_order(corpus: str) -> None:
@@ -209,7 +288,7 @@ def test_documents_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(found) == 60 and all(found[i].startswith(text.strip()) for i in range(60))
     assert len(pickle.dumps(found)) < 5_000
     table = found.files[-1]
-    assert 1 <= len(table.held) <= 3  # type: ignore[attr-defined]
+    assert 1 <= len(table.decoded.held) <= 3  # type: ignore[attr-defined]
 
 
 def bad(tmp_path: Path, name: str, content: str | bytes) -> str:
@@ -228,6 +307,18 @@ GOOD = '{"text": "fine"}\n'
         ("a.jsonl", GOOD * 2 + "[1]\n", "text", "a.jsonl:3: expected a JSON object, got list"),
         ("a.jsonl", '{"txt": "x"}\n', "text", "a.jsonl:1: no key 'text'; did you mean 'txt'?"),
         ("a.jsonl", GOOD + '{"text": 5}\n', "text", "a.jsonl:2: 'text' must hold text, got int"),
+        (
+            "a.jsonl",
+            GOOD + '{"text": "hello \\ud83d world"}\n',
+            "text",
+            r"a.jsonl:2: 'text' holds \ud83d, half a character",
+        ),
+        (
+            "a.jsonl",
+            GOOD + '{"text": ' + "[" * 100_000 + "\n",
+            "text",
+            "a.jsonl:2: not a JSON object (maximum recursion",
+        ),
         ("a.txt", b"good\n\nbad \xff here\n", "text", "a.txt:3: not UTF-8"),
         ("a.csv", "x", "text", "a.csv: cannot read a .csv file"),
         ("a.txt", " \n\n", "text", "holds no document"),
@@ -256,6 +347,10 @@ def test_a_wrong_place_is_named(tmp_path: Path) -> None:
         assert message in str(caught.value)
     with pytest.raises(UserError, match="row 1: 'content' must hold text, got NoneType"):
         open_documents(str(tmp_path / "t.parquet"), "content")[1]
+    text = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"okb\xff"))
+    parquet.write_table(pa.table({"content": text}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet: row 1: 'content' is not UTF-8 text"):
+        open_documents(str(tmp_path / "b.parquet"), "content")[1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -100,7 +100,10 @@ def test_recomputed_blocks_keep_their_input_and_one_runs_again() -> None:
     entry, block = 4 * TOKENS * C.width, block_bytes(4)
     assert some == kept - 3 * (block - entry) + block
     assert none == kept - 4 * (block - entry) + block
-    assert plan(recompute=9).memory.activations == none
+    with pytest.raises(UserError, match="recompute=5: a pipeline stage holds 4 blocks; nearest: 4, or all"):
+        plan(recompute=5)
+    with pytest.raises(UserError, match="recompute=3: a pipeline stage holds 2 blocks; nearest: 2"):
+        plan(2, parallel={"pp": 2}, recompute=3)
 
 
 def test_head_keeps_logits_and_one_fp32_gradient_of_them() -> None:
@@ -126,6 +129,11 @@ def test_a_large_vocabulary_makes_the_last_stage_worst() -> None:
     got = plan(2, parallel={"pp": 2}, config={"vocab": 4096})
     assert got.stage == 1
     assert got.memory.head > 0
+
+
+def test_a_batch_that_training_would_refuse_is_refused() -> None:
+    with pytest.raises(UserError, match="global_batch=8: not a multiple of .* 3 data ranks = 6; nearest: 6"):
+        plan(3)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_names_are_the_shipped_files() -> None:
 def test_extends_merges_sections_key_by_key() -> None:
     longer = load("longer")
     assert (longer.name, longer.steps, longer.reproduces) == ("longer", 50, "some-row")
-    assert (longer.optim.lr, longer.optim.warmup, longer.precision) == (2e-3, 5, "fp32")
+    assert (longer.optim.lr, longer.optim.warmup, longer.precision) == (2e-3, 1, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,19 @@ def test_unknown_key_names_path_and_nearest() -> None:
         ("optim.lr.x=3", ("optim.lr.x",)),
         ("preset=huge", ("huge", "tiny", "wide")),
         ("steps", ("'steps'", "key=value")),
+        ("optim.betas=[0.9,1.0]", ("optim.betas.1=1.0", "less than 1")),
+        ("optim.betas=[-0.1,0.9]", ("optim.betas.0=-0.1", "greater than or equal to 0")),
+        ("optim.lr=.inf", ("optim.lr=inf", "finite number")),
+        ("optim.weight_decay=.nan", ("optim.weight_decay=nan", "finite number")),
+        ("optim.warmup=9999", ("optim.warmup=9999", "longer than the run", "nearest: ")),
+        ("seed=-1", ("seed=-1", "greater than or equal to 0")),
+        ("seed=9223372036854775808", ("seed=9223372036854775808", "less than")),
+        ("recompute=true", ("recompute=True", "must be none, all, or a number")),
+        ("recompute=false", ("recompute=False", "must be none, all, or a number")),
+        ("recompute=-1", ("recompute=-1", "a number of blocks from 0")),
+        ("recompute=some", ("recompute='some'", "must be none, all")),
+        ("profile.stop=3", ("stop=3 needs a start", "profile.start=3")),
+        ("profile.ranks=[-1]", ("profile.ranks.0=-1", "greater than or equal to 0")),
         ("=3", ("key=value",)),
     ],
 )
@@ -96,7 +109,7 @@ def test_files_extend_shipped_recipes_and_each_other(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("extends: base\nsteps: 7\n")
     (tmp_path / "two.yaml").write_text("extends: one.yaml\nseed: 3\n")
     two = load(str(tmp_path / "two.yaml"))
-    assert (two.name, two.steps, two.seed, two.optim.warmup) == ("two", 7, 3, 5)
+    assert (two.name, two.steps, two.seed, two.optim.warmup) == ("two", 7, 3, 1)
 
 
 @pytest.mark.parametrize(

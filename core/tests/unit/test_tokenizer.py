@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mindspeed_model_core.data import PackedText, TextData
-from mindspeed_model_core.data.tokenizer import load_tokenizer, train_tokenizer
+from mindspeed_model_core.data.tokenizer import find_tokenizer, keep_tokenizer, load_tokenizer, train_tokenizer
 from mindspeed_model_core.errors import UserError
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.\n\tThe dog sleeps."] * 8 + [
@@ -119,3 +119,30 @@ def test_documents_are_framed_and_text_cannot_spell_special_tokens(
     assert 1 not in inner and tok.decode(inner) == text
     # Neither the tokenizer's warning of forks nor transformers' of long texts is for the user's eyes.
     assert capfd.readouterr().err == "" and not tok.deprecation_warnings
+
+
+def test_metas_release_keeps_its_tokenizer_one_folder_up(tmp_path: Path) -> None:
+    release = tmp_path / "llama-2-7b"
+    release.mkdir()
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    assert find_tokenizer(release) is None
+    (release / "params.json").write_text("{}")
+    assert find_tokenizer(release) == tmp_path
+
+
+def test_a_run_remembers_its_tokenizer(trained: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    rest = {"model": "llama2", "config": {}, "digest": "", "step": 2, "data": {}}
+    for fields, found in (
+        ({"data": {"tokenizer": str(trained)}, "init_from": None}, trained),
+        ({"data": {"tokenizer": None}, "init_from": str(trained)}, trained),
+        ({"data": {"tokenizer": None}, "init_from": None}, None),
+    ):
+        recipe = {"seed": 0, "precision": "bf16", "global_batch": 8, **fields}
+        (checkpoint / "run.json").write_text(json.dumps({**rest, "recipe": recipe}))
+        assert find_tokenizer(checkpoint) == find_tokenizer(tmp_path / "run") == found
+    keep_tokenizer(trained, tmp_path / "run")
+    keep_tokenizer(tmp_path, tmp_path / "run")  # the first stays
+    assert find_tokenizer(checkpoint) == find_tokenizer(tmp_path / "run") == tmp_path / "run" / "tokenizer"
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").get_vocab() == load_tokenizer(trained).get_vocab()

@@ -106,6 +106,20 @@ def test_a_mistake_in_a_later_batch_saves_what_was_done(tmp_path, monkeypatch):
     assert losses_of(run) == losses_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recompute": 99}, r"recompute=99: a pipeline stage holds \d+ blocks; nearest"),
+        ({"profile": {"start": 1, "ranks": (0, 2)}}, r"profile.ranks=\[0, 2\]: there is no rank 2 among 1 processes"),
+        ({"global_batch": 3, "micro_batch": 2}, "global_batch=3: not a multiple of micro_batch=2 x 1 data ranks = 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        train.run(toy.recipe(steps=2, **fields), toy.TOY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("below", [False, True])
 def test_a_file_is_no_run_folder(tmp_path, below):
     (tmp_path / "file").write_text("mine")

@@ -93,7 +93,8 @@ PLAIN = Layout(
     write_config=write_at("plain.json"),
     files=Safetensors(),
     loose=("note",),
-    extras=("words.txt",),
+    extras=("words.txt", "vae/*.json"),
+    config_file="plain.json",
 )
 TURNED = Layout(
     name="turned",
@@ -105,6 +106,7 @@ TURNED = Layout(
     files=Consolidated(lambda name: {"q": 0, "k": 0, "o": 1}.get(name.rpartition(".")[2])),
     extra=lambda config, dtype: {"extra": torch.arange(3, dtype=dtype)},
     shards=lambda config, shards: shards or 1,
+    config_file="turned.json",
 )
 MODEL = Model(
     name="toy",
@@ -522,10 +524,6 @@ def test_a_runs_checkpoint_is_a_source(net: Toy, tmp_path: Path, monkeypatch: An
         other = Toy(ToyConfig())
         weights.load(other, tmp_path / layout, MODEL)
         assert same(net, other)
-    (tmp_path / "words.txt").write_text("x y")
-    run.info = {"recipe": {"data": {"tokenizer": str(tmp_path)}}}
-    weights.convert(tmp_path / "step", tmp_path / "worded", MODEL, "plain")
-    assert (tmp_path / "worded" / "words.txt").read_text() == "x y"
     run.info = {"model": "game"}
     with pytest.raises(UserError, match="step: is a checkpoint of game, not of toy"):
         weights.convert(tmp_path / "step", tmp_path / "no", MODEL, "plain")
@@ -550,7 +548,6 @@ def test_destination_is_never_overwritten_unasked(plain: Path, tmp_path: Path) -
         weights.convert(plain, out, MODEL, "plain", overwrite=True)
     (out / "precious").rmdir()
     weights.convert(plain, out, MODEL, "plain")  # an empty folder is no output
-    (out / "old").touch()
     weights.convert(plain, out, MODEL, "turned", overwrite=True)
     assert left(out) == ["consolidated.00.pth", "turned.json"] and left(tmp_path) == ["out", "plain"]
     for target in (plain, plain.parent):
@@ -561,6 +558,64 @@ def test_destination_is_never_overwritten_unasked(plain: Path, tmp_path: Path) -
         weights.convert(plain, tmp_path / "file", MODEL, "plain")
     with pytest.raises(UserError, match="cannot be written"):
         weights.convert(plain, tmp_path / "file" / "below", MODEL, "plain")
+
+
+@pytest.mark.parametrize("layout", ["plain", "turned"])
+def test_a_cast_never_makes_a_value_infinite(net: Toy, tmp_path: Path, layout: str) -> None:
+    with torch.no_grad():
+        net.mixes[1].qk[0, 0] = 70_000.0
+        net.scale[0] = torch.inf  # is, and stays
+    weights.save(net.named_parameters(), net.config, PLAIN, tmp_path / "source")
+    with pytest.raises(UserError, match=r"layer\.1\.q: holds 7e\+04, and the largest float16 is 6\.55e\+04"):
+        weights.convert(tmp_path / "source", tmp_path / "half", MODEL, layout, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"blocks\.1\.qk: holds 7e\+04"):
+        weights.save(net.named_parameters(), net.config, PLAIN, tmp_path / "half", dtype=torch.float16)
+    other = Toy(ToyConfig()).half()
+    with pytest.raises(UserError, match=r"layer\.1\.q: holds 7e\+04"):
+        weights.load(other, tmp_path / "source", MODEL)
+    assert left(tmp_path) == ["source"]
+    weights.convert(tmp_path / "source", tmp_path / "brain", MODEL, layout, dtype=torch.bfloat16)
+
+
+def test_weights_that_are_no_floats_are_refused(plain: Path, tmp_path: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors["layer.0.q"] = tensors["layer.0.q"].to(torch.int8)
+    save_file(tensors, plain / "model.safetensors")
+    for attempt in (
+        lambda: weights.load(Toy(ToyConfig()), plain, MODEL),
+        lambda: weights.convert(plain, tmp_path / "out", MODEL, "turned"),
+    ):
+        with pytest.raises(UserError, match=r"model\.safetensors: layer\.0\.q: holds int8, not floating-point"):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: (out / "model.safetensors").unlink(), r"no weights in layout plain \(.*out.*model.safetensors"),
+        (lambda out: (out / "plain.json").write_text('{"wide": 1}'), r"no weights in layout plain \(.*unknown key"),
+        (lambda out: (out / "notes.txt").touch(), r"also holds notes\.txt, which is no part of layout plain"),
+        (lambda out: (out / "model-final.safetensors").touch(), r"also holds model-final\.safetensors"),
+        (lambda out: (out / "thesis").mkdir(), "also holds thesis, "),
+        (lambda out: (out / "vae" / "main.tex").touch(), r"also holds vae/main\.tex"),
+        (lambda out: (out / "vae" / "deep").mkdir(), "also holds vae/deep"),
+        (lambda out: (out / "link").symlink_to(out.parent), "also holds link"),
+    ],
+)
+def test_only_a_folder_of_ours_is_overwritten(plain: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    out = tmp_path / "out"
+    weights.convert(plain, out, MODEL, "plain")
+    (out / "vae").mkdir()
+    (out / "vae" / "config.json").touch()
+    weights.convert(plain, out, MODEL, "turned", overwrite=True)
+    weights.convert(plain, out, MODEL, "plain", shard_bytes=1000, overwrite=True)
+    weights.convert(plain, out, MODEL, "plain", overwrite=True)
+    (out / "vae").mkdir()
+    damage(out)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UserError, match=f"^[^\n]*out: .*{message}[^\n]*remove it first$"):
+        weights.convert(plain, out, MODEL, "plain", overwrite=True)
+    assert sorted(out.rglob("*")) == before and left(tmp_path) == ["out", "plain"]
 
 
 @pytest.mark.parametrize("layout", ["plain", "turned"])

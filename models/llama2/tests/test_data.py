@@ -11,9 +11,11 @@ import pytest
 from mindspeed_model_core import checkpoint, metrics, train
 from mindspeed_model_core.data import train_tokenizer
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.estimate import estimate
+from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_llama2 import MODEL
 from mindspeed_model_llama2.config import PRESETS
-from mindspeed_model_llama2.data import Llama2Data, find_tokenizer, open_tokenizer
+from mindspeed_model_llama2.data import Llama2Data, open_tokenizer
 from mindspeed_model_llama2.task import Llama2Recipe, NextToken
 
 
@@ -34,29 +36,6 @@ def test_the_tokenizer_of_the_data_goes_before_that_of_the_weights(trained: Path
     weights = str(tmp_path / "weights")
     assert open_tokenizer(Llama2Data(tokenizer=str(trained)), weights, config).name_or_path == str(trained)
     assert open_tokenizer(Llama2Data(), weights, config).name_or_path == weights
-
-
-def test_metas_release_keeps_its_tokenizer_one_folder_up(tmp_path: Path) -> None:
-    release = tmp_path / "llama-2-7b"
-    release.mkdir()
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    assert find_tokenizer(release) is None
-    (release / "params.json").write_text("{}")
-    assert find_tokenizer(release) == str(tmp_path / "tokenizer.model")
-
-
-def test_a_run_remembers_its_tokenizer(trained: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
-    folder.mkdir(parents=True)
-    rest = {"model": "llama2", "config": {}, "digest": "", "step": 2, "data": {}}
-    for fields, found in (
-        ({"data": {"tokenizer": str(trained)}, "init_from": None}, str(trained)),
-        ({"data": {"tokenizer": None}, "init_from": str(trained)}, str(trained)),
-        ({"data": {"tokenizer": None}, "init_from": None}, None),
-    ):
-        saved = {"seed": 0, "precision": "bf16", "global_batch": 8, **fields}
-        (folder / "run.json").write_text(json.dumps({**rest, "recipe": saved}))
-        assert find_tokenizer(folder) == find_tokenizer(tmp_path / "run") == found
 
 
 @pytest.mark.parametrize(
@@ -87,6 +66,50 @@ def test_the_tasks_loaders_have_the_recipes_shapes(trained: Path, tmp_path: Path
         assert batch["tokens"].shape == (64,) and sum(batch["lengths"]) == 64
         assert int(batch["tokens"].max()) < 512 and set(loader.state_dict()["slots"]) == {"2", "3"}
     assert Llama2Data().sequence_length == 4096
+
+
+@pytest.mark.parametrize(
+    ("length", "micro_batch", "nearest"), [(33, 1, 32), (255, 1, 256), (35, 2, 36), (256, 1, None), (34, 2, None)]
+)
+def test_ranks_must_share_the_tokens_evenly(length: int, micro_batch: int, nearest: int | None) -> None:
+    made = recipe(
+        {"sequence_length": length},
+        micro_batch=micro_batch,
+        parallel={"tp": 4 if micro_batch == 2 else 2, "sequence": True},
+    )
+    config = PRESETS["tiny"].model_copy(update={"num_key_value_heads": 4})
+    if nearest is None:
+        NextToken(made, config)
+        return
+    with pytest.raises(UserError, match=f"data.sequence_length={length}: .*micro_batch={micro_batch}.*: {nearest}$"):
+        NextToken(made, config)
+    longest = config.model_copy(update={"max_position_embeddings": length})
+    with pytest.raises(UserError, match=f"nearest: {min(nearest, length - 1)}$"):
+        NextToken(made, longest)
+
+
+def refusal(made: Llama2Recipe, run: Path) -> str:
+    try:
+        train.run(made, MODEL, run)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+def test_show_and_train_refuse_tokens_that_ranks_cannot_share(tmp_path: Path) -> None:
+    made = recipe({"sequence_length": 33}, parallel={"tp": 2, "sequence": True})
+    with pytest.raises(UserError, match=r"data.sequence_length=33: .*parallel.tp=2; nearest: 32"):
+        estimate(made, MODEL, 2)
+    for said in run_dist(refusal, 2, made, tmp_path / "run"):
+        assert "data.sequence_length=33: " in said and said.endswith("nearest: 32")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", ["initializer_range=-0.1", "rms_norm_eps=0", "rope_theta=0", "rope_theta=.inf"])
+def test_impossible_sizes_are_refused(change: str) -> None:
+    with pytest.raises(UserError, match=rf"^config: {change.partition('=')[0]}=.*: Input should be"):
+        MODEL.load_recipe("tiny-text", [f"config.{change}"])
 
 
 def test_a_broken_line_is_mended_and_the_run_resumed(

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import cli, weights
+from mindspeed_model_core import cli, generation, weights
 from mindspeed_model_core.data import load_tokenizer, train_tokenizer
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_llama2 import MODEL, generate
-from mindspeed_model_llama2.generate import Chat, Decoder, Sampler, TextStream, begin, complete, decode, load_net
+from mindspeed_model_core.generation import Decoder, Sampler, begin, complete, decode
+from mindspeed_model_llama2 import MODEL
+from mindspeed_model_llama2.generate import Llama2Chat, load_net
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -74,7 +75,7 @@ def test_greedy_equals_transformers(folder: Path, net: Any) -> None:
 
 @pytest.mark.parametrize("part", [512, 3])
 def test_cached_logits_equal_full_recomputation(net: Any, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
-    monkeypatch.setattr(generate, "_PREFILL", part)
+    monkeypatch.setattr(generation, "_PREFILL", part)
     rows = torch.randint(3, 340, (2, 40), generator=torch.Generator().manual_seed(1))
     decoder = Decoder(net, 2, 40)
     start = 0
@@ -98,44 +99,6 @@ def test_a_batch_equals_its_rows(net: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(list(decode(net, prompts[:1].repeat(2, 1), Sampler(), 20))) == stop
 
 
-def test_sampling_probabilities_equal_transformers() -> None:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0)) * 3
-    for temperature, top_k, top_p in ((0.7, 0, 1.0), (1.3, 7, 1.0), (1.0, 0, 0.8), (0.6, 10, 0.9), (1.0, 99, 0.01)):
-        theirs = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
-        theirs = TopKLogitsWarper(top_k)(None, theirs) if top_k else theirs
-        theirs = TopPLogitsWarper(top_p)(None, theirs) if top_p < 1 else theirs
-        ours = Sampler(temperature, top_k, top_p).probabilities(logits)
-        torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), theirs.softmax(-1))
-
-
-def test_draws_follow_probabilities_and_the_seed() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4000, 1)
-    sampler = Sampler(temperature=1.0, seed=3)
-    first = sampler(logits)
-    seen = first.bincount(minlength=4) / 4000
-    torch.testing.assert_close(seen, logits[0].softmax(-1), atol=0.03, rtol=0)
-    assert torch.equal(Sampler(temperature=1.0, seed=3)(logits), first) and not torch.equal(sampler(logits), first)
-    assert not torch.equal(Sampler(temperature=1.0, seed=4)(logits), first)
-    assert Sampler()(logits[:1]).tolist() == [2] == Sampler(temperature=5.0, top_k=1)(logits[:1]).tolist()
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temperature": -0.1}, "temperature=-0.1: must be 0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p=1.1"),
-    ],
-)
-def test_impossible_sampling_is_refused(values: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Sampler(**values)
-
-
 def test_generation_stays_within_the_context(net: Any) -> None:
     prompt = list(range(3, 123))
     ours = ids_of(net, prompt, 50)
@@ -147,25 +110,6 @@ def test_generation_stays_within_the_context(net: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- text, not tokens
-
-
-def test_streamed_text_never_breaks_a_character(words: Any) -> None:
-    for before, text in (("Say:", f" {TEXT} Ω"), ("", f"Ω{TEXT}"), ("Ω", "好\n\n  \U0001f389\U0001f389 Ωé")):
-        ids = begin(words, before)
-        both = begin(words, before + text)
-        assert both[: len(ids)] == ids
-        stream = TextStream(words, ids)
-        pieces = [stream.push(token) for token in both[len(ids) :]]
-        assert "".join(pieces) == text and stream.flush() == ""
-        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-        assert sum(bool(piece) for piece in pieces) > 5
-        assert "" in pieces, "no character of several tokens was met"
-
-
-def test_a_character_cut_off_by_the_end_is_shown_as_missing(words: Any) -> None:
-    stream = TextStream(words)
-    first, *_ = (words.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "好".encode())
-    assert stream.push(first) == "" and stream.flush() == "\N{REPLACEMENT CHARACTER}" and stream.flush() == ""
 
 
 class Scripted(nn.Module):
@@ -199,11 +143,11 @@ class Scripted(nn.Module):
 
 def test_generate_streams_until_the_end_token(words: Any) -> None:
     scripted: Any = Scripted(words, [TEXT])
-    pieces = list(generate.generate(scripted, words, "Say", max_new_tokens=150))
+    pieces = list(generation.generate(scripted, words, "Say", max_new_tokens=150))
     assert "".join(pieces) == " " + TEXT and len(pieces) > 5
     assert scripted.calls[1:] == [1] * (len(scripted.calls) - 1), "the prompt was read again"
     scripted = Scripted(words, [TEXT])
-    assert " ".join(generate.generate(scripted, words, "Say", max_new_tokens=1)).strip() in TEXT
+    assert " ".join(generation.generate(scripted, words, "Say", max_new_tokens=1)).strip() in TEXT
     assert len(scripted.calls) == 1
 
 
@@ -211,7 +155,7 @@ def test_complete_equals_one_by_one(net: Any, words: Any) -> None:
     prompts = ["The little", "a text and", "reads", "The model", "says what it has read"]
     assert len({len(begin(words, prompt)) for prompt in prompts}) < len(prompts)
     together = complete(net, words, prompts, max_new_tokens=12)
-    assert together == ["".join(generate.generate(net, words, prompt, max_new_tokens=12)) for prompt in prompts]
+    assert together == ["".join(generation.generate(net, words, prompt, max_new_tokens=12)) for prompt in prompts]
 
 
 def turns(words: Any, *parts: str) -> list[int]:
@@ -228,7 +172,7 @@ def part_ids(words: Any, answer: str) -> list[int]:
 
 def test_a_chat_has_metas_format_and_reads_each_turn_once(words: Any) -> None:
     scripted: Any = Scripted(words, ["reads a text", "says"])
-    chat = Chat(scripted, words, Sampler(), system="Be little.")
+    chat = Llama2Chat(scripted, words, Sampler(), system="Be little.")
     assert "".join(chat.say("  The model? ")) == "reads a text"
     first = "[INST] <<SYS>>\nBe little.\n<</SYS>>\n\nThe model? [/INST]"
     assert "".join(chat.say("And?")) == "says"
@@ -244,7 +188,7 @@ def test_a_chat_has_metas_format_and_reads_each_turn_once(words: Any) -> None:
 def test_an_unfinished_answer_is_ended_before_the_next_turn(words: Any) -> None:
     for cut in ("stop reading", "token limit"):
         scripted: Any = Scripted(words, ["reads a text", "says"])
-        chat = Chat(scripted, words, Sampler(), max_new_tokens=3 if cut == "token limit" else 100)
+        chat = Llama2Chat(scripted, words, Sampler(), max_new_tokens=3 if cut == "token limit" else 100)
         answer = chat.say("Go")
         said = list(answer) if cut == "token limit" else [next(answer), next(answer)]
         answer.close()
@@ -258,7 +202,7 @@ def test_an_unfinished_answer_is_ended_before_the_next_turn(words: Any) -> None:
 
 def test_a_chat_that_fills_the_context_says_so_and_can_begin_anew(words: Any) -> None:
     scripted: Any = Scripted(words, ["says"] * 9, context=60)
-    chat = Chat(scripted, words, Sampler())
+    chat = Llama2Chat(scripted, words, Sampler())
     with pytest.raises(
         UserError, match=r"would have \d+ tokens and the model's context is 60; begin a new one with /reset"
     ):
@@ -274,7 +218,7 @@ def test_a_chat_that_fills_the_context_says_so_and_can_begin_anew(words: Any) ->
 
 
 def test_a_failed_read_leaves_the_cache_as_it_was(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_PREFILL", 4)
+    monkeypatch.setattr(generation, "_PREFILL", 4)
     decoder = Decoder(net, 1, 10)
     rows = torch.arange(3, 15)[None]
     first = decoder.feed(rows[:, :2])
@@ -286,12 +230,12 @@ def test_a_failed_read_leaves_the_cache_as_it_was(net: Any, monkeypatch: pytest.
 
 
 def test_a_cached_chat_equals_reading_it_all_again(net: Any, words: Any) -> None:
-    chat = Chat(net, words, Sampler(), max_new_tokens=6)
+    chat = Llama2Chat(net, words, Sampler(), max_new_tokens=6)
     for text in ("The little", "model"):
         list(chat.say(text))
     held = chat.decoder.cache.length
     tokens: list[int] = []
-    again = Chat(net, words, Sampler(), max_new_tokens=6)
+    again = Llama2Chat(net, words, Sampler(), max_new_tokens=6)
     original = again.decoder.feed
 
     def record(part: Tensor) -> Tensor:
@@ -322,7 +266,7 @@ def test_the_command_continues_prompts(folder: Path, net: Any, words: Any) -> No
     ran = command(str(folder), "--prompt", "The [b]little", "--prompt", "model", "--temperature", "0", *common)
     assert ran.exit_code == 0, ran.output
     want = "".join(
-        f"{p}{''.join(generate.generate(net, words, p, max_new_tokens=8))}\n" for p in ("The [b]little", "model")
+        f"{p}{''.join(generation.generate(net, words, p, max_new_tokens=8))}\n" for p in ("The [b]little", "model")
     )
     assert ran.stdout == want
     first, again, other = (command(str(folder), "--prompt", "The", *common, "--seed", s).stdout for s in "001")

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from mindspeed_model_core.data import train_tokenizer
+from mindspeed_model_core.testing.equivalence import assert_equivalent
 from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.testing.tolerance import FP64
 from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_llama2 import MODEL
 from mindspeed_model_llama2.task import Llama2Recipe
@@ -33,6 +36,15 @@ class TestSuite(ModelSuite):
     variants = ({}, {"num_key_value_heads": 4})
     spread = {"num_key_value_heads": 4}
     parameter_counts = {"7b": 6738415616, "13b": 13015864320, "70b": 68976648192, "tiny": 250432}
+
+    @pytest.mark.dist
+    @pytest.mark.parametrize("grouped", ["tp2", "tp2-sequence", "tp2-sequence-pp2-dp2-zero3"])
+    def test_grouped_queries_equal_one_process(self, grouped: str) -> None:
+        """Ranks that hold fewer key and value heads than query heads; ``spread`` leaves as many."""
+        config = self.config(num_key_value_heads=2)
+        assert config.num_attention_heads > config.num_key_value_heads
+        world, fields = self.layouts[grouped]
+        assert_equivalent(self.job(build=lambda: MODEL.build(config)), world, fields, FP64)
 
     def recipe(self, folder: Path, **changes: Any) -> Llama2Recipe:
         fields: dict[str, Any] = {

@@ -311,3 +311,21 @@ def test_published_sizes() -> None:
             assert sum(len(b.parts) for b in bounds.values()) == total
     for dim, size in ((64, 96), (64, 177), (100, 999), (2048, 5632)):
         assert ffn_size(dim, **ffn_args(dim, size)) == size
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "mistral", "hidden_size": 64}])
+def test_a_folder_that_is_not_llamas_is_never_overwritten(tmp_path: Path, config: dict[str, Any]) -> None:
+    source, thesis = tmp_path / "source", tmp_path / "work" / "thesis" / "main.tex"
+    hub_model(GQA).save_pretrained(source)
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    (tmp_path / "work" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="work: holds no weights in layout hub .*model_type"):
+        weights.convert(source, tmp_path / "work", MODEL, "original", overwrite=True)
+    (tmp_path / "work" / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(UserError, match=r"work: holds no weights in layout hub .*model\.safetensors"):
+        weights.convert(source, tmp_path / "work", MODEL, "original", overwrite=True)
+    (tmp_path / "work" / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="work: also holds thesis, which is no part of layout hub"):
+        weights.convert(source, tmp_path / "work", MODEL, "original", overwrite=True)
+    assert thesis.read_text() == "years of work"

@@ -32,8 +32,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_hub(folder: Path, preset: str) -> Path:
     net = open_net(MODEL, MODEL.presets[preset])
     randomise(net, seed=3)
-    weights.save(net.named_parameters(), net.config, MODEL.layouts[0], folder)
-    write_tiny_encoders(folder)
+    encoders = write_tiny_encoders(folder.with_name("encoders"))
+    weights.save(net.named_parameters(), net.config, MODEL.layouts[0], folder, extras_from=encoders)
     return folder
 
 
@@ -44,18 +44,11 @@ def ours(folder: Path, what: Sampling, layout: dict[str, int] | None = None) -> 
 
 
 def theirs(folder: Path, what: Sampling) -> Tensor:
-    """Sample with diffusers alone, from the files."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import AutoTokenizer, UMT5EncoderModel
+    """Sample with diffusers alone, from the exported folder."""
+    from diffusers import DiffusionPipeline, WanPipeline
 
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=what.shift)
-    pipeline = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
-        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
-        scheduler=scheduler,
-    )
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(pipeline, WanPipeline)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         prompt=what.prompt,

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from mindspeed_model_core import lora
 from mindspeed_model_core.data.features import FeatureWriter, write_index
-from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent
+from mindspeed_model_core.recipe import LoraConfig
+from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent, trace
 from mindspeed_model_core.testing.suite import ModelSuite
-from mindspeed_model_core.testing.tolerance import FP64
-from mindspeed_model_core.trunk import Batch, Trunk
+from mindspeed_model_core.testing.tolerance import FP64, assert_close
+from mindspeed_model_core.trunk import Batch, Trunk, attention_results
 from mindspeed_model_wan21 import MODEL
 from mindspeed_model_wan21.task import Wan21Recipe
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # 2 x 3 x 5 = 30 tokens for layouts that need an even number; 45, of which neither 2 nor 4 ranks hold equal shares.
 EVEN, ODD = (2, 6, 10), (3, 6, 10)
@@ -46,6 +49,16 @@ def features(folder: Path, config: Any) -> Path:
             writer.add(f"{number:08d}-clip", tensors)
     write_index(folder, {"conditioning": config.conditioning})
     return folder
+
+
+class Counted(TorchDispatchMode):
+    """Counts the attention operators that really run: a kept result does not reach the dispatcher."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func in attention_results()
+        return func(*args, **(kwargs or {}))
 
 
 class Wan21Suite(ModelSuite):
@@ -127,6 +140,38 @@ class TestTextToVideo(Wan21Suite):
         """Tokens that the ranks cannot share evenly, alone and with the other axes."""
         job = self.job(batches=lambda step: [self.batch(self.config(), 8 * step + i, ODD) for i in range(8)])
         assert_equivalent(job, *CONTEXT[spread], FP64)
+
+    @pytest.mark.dist
+    @pytest.mark.parametrize("shard", ["none", "zero2"])
+    def test_adapters_under_context_parallelism_equal_one_process(
+        self, shard: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # B begins at zero, and A then has no gradient in the first step.
+        monkeypatch.setattr(
+            lora, "initialise", lambda name, whole, generator: whole.normal_(0, 0.1, generator=generator)
+        )
+        config = self.config()
+        job = self.job(
+            build=lambda: lora.attach(MODEL.build(config), LoraConfig(rank=3, alpha=5.0)),
+            batches=lambda step: [self.batch(config, 8 * step + i, ODD) for i in range(8)],
+        )
+        assert_equivalent(job, 4, {"cp": 2, "shard": shard}, FP64)
+
+    def test_recomputing_all_but_attention_changes_nothing(self) -> None:
+        """Attention is kept, where recomputing all runs it again."""
+        job = self.job(steps=1, precision="fp32")
+        ran = {}
+        for recompute, keep in (("none", "nothing"), ("all", "nothing"), ("all", "attention")):
+            with Counted() as counted:
+                got = trace(replace(job, recompute=recompute, recompute_keep=keep), {})
+            ran[recompute, keep] = counted.calls
+            if recompute == "none":
+                plain = got
+            assert got.losses == plain.losses
+            want = {n: p[0][1] for n, p in plain.gradients.items()}
+            assert_close({n: p[0][1] for n, p in got.gradients.items()}, want, 0.0)
+        once = ran["none", "nothing"]
+        assert ran == {("none", "nothing"): once, ("all", "nothing"): 2 * once, ("all", "attention"): once} and once
 
 
 class TestImageToVideo(Wan21Suite):

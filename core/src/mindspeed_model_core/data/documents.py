@@ -9,14 +9,15 @@ import mmap
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import UserError, nearest
+from .order import Group
 
 KINDS = (".txt", ".jsonl", ".parquet")
 
@@ -25,12 +26,15 @@ _LINE_END = re.compile(rb"\n\s*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ROW_GROUP_BUDGET = 256 * 2**20
 _SAMPLE = 64 * 2**10
+_PIECE = 1024
 
 
 class _File(Protocol):
     path: Path
 
     def __len__(self) -> int: ...
+
+    def groups(self) -> list[Group]: ...
 
     def read(self, number: int) -> str: ...
 
@@ -55,6 +59,21 @@ class Documents:
         which = bisect_right(self.ends, number)
         return self.files[which].read(number - (self.ends[which - 1] if which else 0))
 
+    def gather(self, numbers: Sequence[int]) -> list[str]:
+        """Return several documents, in the order of ``numbers``, reading together what must be."""
+        texts = {number: self[number] for number in sorted(numbers)}
+        return [texts[number] for number in numbers]
+
+    def groups(self) -> list[Group] | None:
+        """Return the groups that documents should be read in, or None where any one may be read at any time.
+
+        Parquet decodes whole row groups; those of a small corpus are all held once they have been read.
+        """
+        tables = [group for file in self.files if isinstance(file, _Table) for group in file.groups()]
+        if sum(group.nbytes for group in tables) <= _ROW_GROUP_BUDGET:
+            return None
+        return [group for file in self.files for group in file.groups()]
+
     def fingerprint(self) -> str:
         """Return 12 hex digits of the files' names, sizes, and first and last 64 KiB; moving them keeps it."""
         digest = hashlib.sha256()
@@ -75,7 +94,8 @@ def open_documents(path: str, text_key: str = "text") -> Documents:
     document per row. The first document of each file is read at once, so that a wrong key fails here. Raises
     UserError for a path with nothing to read, an unknown kind of file, a missing key or column, or no document.
     """
-    files = [_open(f, text_key) for f in _find(path)]
+    decoded = _Decoded()
+    files = [_open(f, text_key, decoded) for f in _find(path)]
     documents = Documents(files)
     if not len(documents):
         raise UserError(f"{path}: holds no document; a .txt, .jsonl or .parquet file with text in it is needed")
@@ -101,11 +121,11 @@ def _find(path: str) -> list[Path]:
     return matched
 
 
-def _open(path: Path, text_key: str) -> _File:
+def _open(path: Path, text_key: str, decoded: _Decoded) -> _File:
     if path.suffix not in KINDS:
         raise UserError(f"{path}: cannot read a {path.suffix or 'nameless'} file{nearest(path.suffix, KINDS)}")
     if path.suffix == ".parquet":
-        return _Table(path, text_key)
+        return _Table(path, text_key, decoded)
     try:
         return _Lines(path, text_key) if path.suffix == ".jsonl" else _Paragraphs(path)
     except OSError as error:
@@ -123,6 +143,10 @@ class _Paragraphs:
 
     def __len__(self) -> int:
         return max(0, len(self.starts) - 1)
+
+    def groups(self) -> list[Group]:
+        ends = [*range(0, len(self), _PIECE), len(self)]
+        return [Group(b - a, int(self.starts[b] - self.starts[a])) for a, b in pairwise(ends) if b > a]
 
     def _scan(self) -> Iterator[int]:
         size = self.path.stat().st_size
@@ -175,7 +199,7 @@ class _Lines(_Paragraphs):
         start = int(self.starts[number])
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self._where(start)}: not a JSON object ({error})") from None
         if not isinstance(values, dict):
             raise UserError(f"{self._where(start)}: expected a JSON object, got {type(values).__name__}")
@@ -184,18 +208,42 @@ class _Lines(_Paragraphs):
         text = values[self.text_key]
         if not isinstance(text, str):
             raise UserError(f"{self._where(start)}: {self.text_key!r} must hold text, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can escape half of a pair that stands for one character; no tokenizer knows what that is.
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise UserError(f"{self._where(start)}: {self.text_key!r} holds {half}, half a character") from None
         return text
 
 
-class _Table:
-    """One column of a Parquet file; keeps the row groups read last, within a budget of bytes."""
+class _Decoded:
+    """The row groups read last, of all files, within a budget of bytes; each process has its own."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self) -> None:
+        self.held: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"held": OrderedDict()}
+
+    def get(self, key: tuple[Path, int], read: Callable[[], Any]) -> Any:
+        if key not in self.held:
+            self.held[key] = read()
+            while len(self.held) > 1 and sum(t.nbytes for t in self.held.values()) > _ROW_GROUP_BUDGET:
+                self.held.popitem(last=False)
+        self.held.move_to_end(key)
+        return self.held[key]
+
+
+class _Table:
+    """One column of a Parquet file, of which whole row groups are decoded."""
+
+    def __init__(self, path: Path, column: str, decoded: _Decoded) -> None:
         try:
             import pyarrow.parquet as parquet
         except ImportError:
             raise UserError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from None
-        self.path, self.column = path, column
+        self.path, self.column, self.decoded = path, column, decoded
         try:
             with parquet.ParquetFile(path) as file:
                 meta = file.metadata
@@ -204,34 +252,42 @@ class _Table:
             raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
         if column not in names:
             raise UserError(f"{path}: no column {column!r}{nearest(column, names)}")
-        self.ends = list(accumulate(meta.row_group(i).num_rows for i in range(meta.num_row_groups)))
-        self.held: OrderedDict[int, Any] = OrderedDict()
+        rows = [meta.row_group(i) for i in range(meta.num_row_groups)]
+        self.ends = list(accumulate(row.num_rows for row in rows))
+        self.sizes = [_column_bytes(row, column) for row in rows]
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "held": OrderedDict()}
+    def groups(self) -> list[Group]:
+        ends = [0, *self.ends]
+        return [Group(b - a, size) for (a, b), size in zip(pairwise(ends), self.sizes, strict=True) if b > a]
 
     def read(self, number: int) -> str:
         group = bisect_right(self.ends, number)
-        text = self._group(group)[number - (self.ends[group - 1] if group else 0)].as_py()
+        try:
+            text = self._group(group)[number - (self.ends[group - 1] if group else 0)].as_py()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}: row {number}: {self.column!r} is not UTF-8 text") from None
         if not isinstance(text, str):
             raise UserError(f"{self.path}: row {number}: {self.column!r} must hold text, got {type(text).__name__}")
         return text
 
     def _group(self, number: int) -> Any:
-        if number not in self.held:
-            import pyarrow.parquet as parquet
+        return self.decoded.get((self.path, number), lambda: self._decode(number))
 
-            try:
-                # Arrow's own threads would not survive the fork of a loader's worker.
-                with parquet.ParquetFile(self.path) as file:
-                    table = file.read_row_group(number, columns=[self.column], use_threads=False)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.path}: row group {number}: {' '.join(str(error).split())}") from None
-            self.held[number] = table.column(0)
-            while len(self.held) > 1 and sum(t.nbytes for t in self.held.values()) > _ROW_GROUP_BUDGET:
-                self.held.popitem(last=False)
-        self.held.move_to_end(number)
-        return self.held[number]
+    def _decode(self, number: int) -> Any:
+        import pyarrow.parquet as parquet
+
+        try:
+            # Arrow's own threads would not survive the fork of a loader's worker.
+            with parquet.ParquetFile(self.path) as file:
+                return file.read_row_group(number, columns=[self.column], use_threads=False).column(0)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: row group {number}: {' '.join(str(error).split())}") from None
+
+
+def _column_bytes(group: Any, name: str) -> int:
+    """Return the bytes of a row group's column, uncompressed."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == name)

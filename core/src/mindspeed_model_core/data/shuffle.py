@@ -9,14 +9,14 @@ _ROUNDS = 6
 _MASK = 2**64 - 1
 
 
-def shuffled(position: int, size: int, seed: int, epoch: int) -> int:
-    """Return which of ``size`` items stands at ``position`` in the order that ``seed`` and ``epoch`` decide.
+def shuffled(position: int, size: int, seed: int, epoch: int, window: int | None = None) -> int:
+    """Return which of ``size`` items stands at ``position`` in the order that ``seed``, ``epoch``, ``window`` decide.
 
     A Feistel network over the next power of four, walked until it lands inside ``size`` (Black and Rogaway 2002,
     "Ciphers with arbitrary finite domains"): a bijection, equal on every machine and version of every library.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask, keys = (1 << half) - 1, _keys(seed, epoch)
+    mask, keys = (1 << half) - 1, _keys(f"{seed}/{epoch}" if window is None else f"{seed}/{epoch}/{window}")
     while True:
         left, right = position >> half, position & mask
         for key in keys:
@@ -26,9 +26,9 @@ def shuffled(position: int, size: int, seed: int, epoch: int) -> int:
             return position
 
 
-@lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = b"".join(hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest()[:8] for i in range(_ROUNDS))
+@lru_cache(maxsize=1024)
+def _keys(name: str) -> tuple[int, ...]:
+    digest = b"".join(hashlib.sha256(f"{name}/{i}".encode()).digest()[:8] for i in range(_ROUNDS))
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, len(digest), 8))
 
 

@@ -12,8 +12,8 @@ from ..errors import UserError
 from ..recipe import Section, local
 from . import packing
 from .documents import Documents, open_documents
+from .order import Order
 from .packing import Packed, Tokens
-from .shuffle import shuffled
 from .slots import CONTENT, Position, SlotLoader
 from .tokenizer import encode, fingerprint
 
@@ -39,7 +39,7 @@ class PackedText(SlotLoader):
     """Endless packed sequences of tokenized documents; see ``SlotLoader`` for the order and for resuming.
 
     ``tokenizer`` is a transformers tokenizer. Slot s reads the documents that stand at s, s + global_batch, ... in
-    each epoch's order, every one as ``[bos] + tokens + [eos]``. A slot's position is (epoch, place in the order,
+    each epoch's ``Order``, every one as ``[bos] + tokens + [eos]``. A slot's position is (epoch, place in the order,
     tokens of that document already used). Raises UserError for data it cannot read or that has too few documents.
     """
 
@@ -85,22 +85,24 @@ class PackedText(SlotLoader):
 
 class _Text:
     def __init__(self, documents: Documents, tokenizer: Any, length: int, slots: int, seed: int | None) -> None:
-        self.documents, self.tokenizer, self.length, self.slots, self.seed = documents, tokenizer, length, slots, seed
+        self.documents, self.tokenizer, self.length, self.slots = documents, tokenizer, length, slots
+        self.order = Order(len(documents), documents.groups(), seed)
 
     def start(self, slot: int) -> Position:
         return [0, slot, 0]
 
     def stream(self, slot: int, position: Position) -> Iterator[tuple[Packed, Position]]:
         epoch, place, offset = position
+        ahead: dict[tuple[int, int], str] = {}
 
         def following() -> Tokens:
             nonlocal epoch, place
             place += self.slots
             if place >= len(self.documents):
                 epoch, place = epoch + 1, slot
-            return self._read(epoch, place)
+            return self._tokens(self._read(epoch, place, ahead))
 
-        document = self._read(epoch, place)
+        document = self._tokens(self._read(epoch, place, ahead))
         if offset > len(document):
             raise UserError(
                 f"the saved data position is at token {offset} of a document that has {len(document)}; "
@@ -110,10 +112,23 @@ class _Text:
             sample, document, offset = packing.fill(document, offset, self.length, following)
             yield sample, [epoch, place, offset]
 
-    def _read(self, epoch: int, place: int) -> Tokens:
-        number = place if self.seed is None else shuffled(place, len(self.documents), self.seed, epoch)
+    def _read(self, epoch: int, place: int, ahead: dict[tuple[int, int], str]) -> str:
+        """Return the text at a place; where texts are read in groups, take the slot's whole share of the window ahead.
+
+        Slots drift apart, as their documents differ in length, and would have each other's groups decoded in turn.
+        """
+        if self.order.groups is None:
+            return self.documents[self.order.document(epoch, place)]
+        if (epoch, place) not in ahead:
+            places = range(place, self.order.window_end(epoch, place), self.slots)
+            texts = self.documents.gather([self.order.document(epoch, each) for each in places])
+            ahead.clear()
+            ahead.update({(epoch, each): text for each, text in zip(places, texts, strict=True)})
+        return ahead.pop((epoch, place))
+
+    def _tokens(self, text: str) -> Tokens:
         tokenizer = self.tokenizer
-        tokens = encode(tokenizer, self.documents[number])
+        tokens = encode(tokenizer, text)
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return np.array([*begin, *tokens, tokenizer.eos_token_id], np.int32)
 

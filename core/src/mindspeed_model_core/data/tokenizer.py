@@ -6,13 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model")
+ALL_FILES = (*FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+"""What a tokenizer's folder may hold of it: these travel with weights."""
+KEPT = "tokenizer"
+"""The folder, in a run's, of the tokenizer it was trained with."""
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
 SPECIAL = ("<unk>", "<s>", "</s>")
 
@@ -20,6 +24,52 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder holds a tokenizer."""
     return any((folder / name).is_file() for name in FILES)
+
+
+def find_tokenizer(source: str | Path) -> Path | None:
+    """Return the folder of the tokenizer that belongs to weights, or None.
+
+    It is beside them; one folder up in Meta's releases; for a run or its checkpoint, what the run kept, or where its
+    recipe had it from.
+    """
+    from .. import checkpoint
+
+    folder = Path(source).expanduser()
+    if has_tokenizer(folder):
+        return folder
+    above = folder.absolute().parent
+    if (folder / "params.json").is_file() and (above / "tokenizer.model").is_file():
+        return above
+    if not checkpoint.is_checkpoint(folder):
+        return None
+    saved = checkpoint.locate(folder)
+    kept = saved.absolute().parents[1] / KEPT
+    return kept if has_tokenizer(kept) else recipe_tokenizer(checkpoint.read_info(saved)["recipe"])
+
+
+def recipe_tokenizer(recipe: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the tokenizer a recipe's values name, or of that which belongs to its first weights."""
+    named, weights = (recipe.get("data") or {}).get("tokenizer"), recipe.get("init_from")
+    if named is None:
+        return None if weights is None else find_tokenizer(weights)
+    place = Path(named).expanduser()
+    place = place.parent if place.is_file() else place
+    return place if has_tokenizer(place) else None
+
+
+def keep_tokenizer(source: Path, run: Path) -> None:
+    """Copy a tokenizer into a run's folder, whole or not at all, unless one is there: the run stays whole without."""
+    target = run / KEPT
+    if target.exists():
+        return
+    draft = run / f".{KEPT}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    described = (source / "tokenizer_config.json").is_file()
+    for name in ALL_FILES if described else (*ALL_FILES, "config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, draft / name)
+    os.replace(draft, target)
 
 
 def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> Any:

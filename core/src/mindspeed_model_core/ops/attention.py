@@ -29,7 +29,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Scores are scaled by 1/sqrt(width), softmax is in fp32 or wider. Returns ``q``'s shape.
     """
-    out = F.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)
     return out.permute(2, 0, 1, 3)
 
 

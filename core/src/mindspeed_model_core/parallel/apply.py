@@ -106,6 +106,14 @@ def _list(values: list[int]) -> str:
     return ", ".join(shown) + (", ..." if len(values) > 12 else "")
 
 
+def recomputed(wanted: str | int, held: int) -> int:
+    """Return how many of a stage's ``held`` blocks run again in backward; UserError if there are not as many."""
+    count = wanted if isinstance(wanted, int) else {"none": 0, "all": held}[wanted]
+    if count > held:
+        raise UserError(f"recompute={count}: a pipeline stage holds {held} blocks; nearest: {held}, or all")
+    return count
+
+
 def parallelize(
     net: Trunk,
     mesh: Mesh,
@@ -126,7 +134,7 @@ def parallelize(
     _share_context(net, mesh)
     _keep_stage(net, mesh)
     net.recompute_keep = recompute_keep
-    net.recompute = recompute if isinstance(recompute, int) else {"none": 0, "all": len(net.blocks)}[recompute]
+    net.recompute = recomputed(recompute, len(net.blocks))
     sharded = parallel.shard != "none" and bool(mesh.groups)
     compute, master = COMPUTE[precision], MASTER[precision]
     for parameter in net.parameters():

@@ -97,7 +97,8 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     if not dist.is_initialized():
         if parallel.model > 1:
             raise UserError(
-                f"{parallel.product} processes are needed, there is 1; start with --nproc {parallel.model} or a multiple"
+                f"{parallel.product} processes are needed, there is 1; start with --nproc {parallel.model} or a "
+                "multiple"
             )
         return Mesh(device)
     world, model = dist.get_world_size(), parallel.model

@@ -48,6 +48,15 @@ class Job:
     recompute_keep: str = "nothing"
 
 
+def _random(name: str, weight: Tensor, generator: torch.Generator) -> None:
+    """Fill a parameter with values far from any special one: what starts at zero would hide all behind it."""
+    weight.normal_(0, 1, generator=generator)
+    if weight.dim() == 1:
+        weight.mul_(0.3).add_(1)
+    else:
+        weight.mul_(weight[0].numel() ** -0.5)
+
+
 Pieces = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 
 
@@ -75,6 +84,7 @@ def trace(job: Job, layout: dict[str, Any]) -> Trace:
         recompute=job.recompute,
         recompute_keep=job.recompute_keep,
     )
+    net.initialise = _random  # type: ignore[method-assign]
     apply.initialise(parallel, seed=7)
     optimizer = AdamW(parallel, OptimConfig(lr=1e-2, clip=0.5))
     out = Trace()

@@ -303,9 +303,10 @@ class ModelSuite(ABC):
         assert_equivalent(self.job(precision="bf16", steps=1), world, fields, 0.05, parameters=False)
 
     @pytest.mark.dist
-    def test_resumes_under_other_layouts(self, tmp_path: Path) -> None:
-        """A run saved under one layout goes on under five others as if it had not stopped."""
-        saved = (4, {"tp": 2, "shard": "zero2"})
+    @pytest.mark.parametrize("every", [True, False], ids=["tp2-dp2-zero2", "tp2-pp2-dp2-zero3"])
+    def test_resumes_under_other_layouts(self, every: bool, tmp_path: Path) -> None:
+        """A run saved under one layout goes on under five others as if it had not stopped; all cuts at once too."""
+        saved = (4, {"tp": 2, "shard": "zero2"}) if every else (8, {"tp": 2, "pp": 2, "shard": "zero3"})
         others = [(1, {}), (2, {"pp": 2}), (2, {"tp": 2, "sequence": True}), (4, {"shard": "zero3"}),
                   (4, {"tp": 2, "pp": 2})]  # fmt: skip
         fields: dict[str, Any] = {
@@ -316,7 +317,7 @@ class ModelSuite(ABC):
         }
         recipe = self.recipe(tmp_path, **fields, parallel=saved[1])
         losses = run_dist(self._train, saved[0], recipe, tmp_path / "run")[0]
-        for number, (world, layout) in enumerate(others):
+        for number, (world, layout) in enumerate(others if every else others[2:3]):
             folder = tmp_path / str(number)
             shutil.copytree(tmp_path / "run", folder)
             shutil.rmtree(folder / "checkpoints" / "step-00000004")

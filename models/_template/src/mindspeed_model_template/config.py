@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_model_core.recipe import Section
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class TemplateConfig(Section):
@@ -14,8 +14,8 @@ class TemplateConfig(Section):
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_hidden_layers: PositiveInt
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.05
+    rms_norm_eps: PositiveFloat = 1e-5
+    initializer_range: NonNegativeFloat = 0.05
 
 
 PRESETS = {"tiny": TemplateConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=4)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mindspeed_model_core.recipe import Section
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 
 class Llama2Config(Section):
@@ -15,10 +15,10 @@ class Llama2Config(Section):
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
     max_position_embeddings: PositiveInt = 4096
-    initializer_range: float = 0.02
+    initializer_range: NonNegativeFloat = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mindspeed_model_core import checkpoint
 from mindspeed_model_core.data import TextData, load_tokenizer
-from mindspeed_model_core.data.tokenizer import has_tokenizer
+from mindspeed_model_core.data.tokenizer import find_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.weights import check_folder
 from pydantic import Field, PositiveInt
@@ -31,9 +30,10 @@ def open_tokenizer(data: Llama2Data, init_from: str | None, config: Llama2Config
         if init_from is None:
             raise UserError("data.tokenizer: this field is required without init_from; give a folder with a tokenizer")
         check_folder(init_from, "init_from=")
-        source = find_tokenizer(init_from)
-        if source is None:
+        found = find_tokenizer(init_from)
+        if found is None:
             raise UserError(f"init_from={init_from}: no tokenizer there; set data.tokenizer to a folder with one")
+        return fitting_tokenizer(found, config)
     return fitting_tokenizer(source, config)
 
 
@@ -47,20 +47,3 @@ def fitting_tokenizer(source: str | Path, config: Llama2Config) -> Any:
                 f"tokenizer {source}: {name} is {theirs}, the model's is {ours}; set config.{name}={theirs}"
             )
     return tokenizer
-
-
-def find_tokenizer(source: str | Path) -> str | None:
-    """Return the folder of the tokenizer that belongs to weights, or None.
-
-    It is beside the weights; one folder up in Meta's releases; or, for a run, where its recipe found it.
-    """
-    folder = Path(source).expanduser()
-    if has_tokenizer(folder):
-        return str(folder)
-    if (folder / "params.json").is_file() and (folder.absolute().parent / "tokenizer.model").is_file():
-        return str(folder.absolute().parent / "tokenizer.model")
-    if checkpoint.is_checkpoint(folder):
-        recipe = checkpoint.read_info(checkpoint.locate(folder))["recipe"]
-        named, weights = recipe["data"].get("tokenizer"), recipe.get("init_from")
-        return named or (find_tokenizer(weights) if weights else None)
-    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mindspeed_model_core.data import IGNORE, Loader, PackedText, RandomText
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe
@@ -32,6 +34,7 @@ class NextToken:
                 f"data.sequence_length={length}: the network knows {most} positions; shorten the sequences or set "
                 f"config.max_position_embeddings={length}"
             )
+        _check_sequence(recipe, most)
 
     def data(self, rank: int, ranks: int) -> Loader:
         """Open the recipe's text for one data rank."""
@@ -78,6 +81,20 @@ class NextToken:
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the sum of the per-token losses the network computed."""
         return output.sum()
+
+
+def _check_sequence(recipe: Llama2Recipe, most: int) -> None:
+    """Raise UserError unless tensor-parallel ranks can share a micro-batch's tokens evenly, where they are to."""
+    parallel, length, batch = recipe.parallel, recipe.data.sequence_length, recipe.micro_batch
+    if not parallel.sequence or batch * length % parallel.tp == 0:
+        return
+    step = parallel.tp // math.gcd(parallel.tp, batch)
+    fits = max(step, round(length / step) * step)
+    fits = fits if fits <= most else most // step * step
+    raise UserError(
+        f"data.sequence_length={length}: with parallel.sequence=true, the tokens of micro_batch={batch} must divide by "
+        f"parallel.tp={parallel.tp}" + (f"; nearest: {fits}" if fits else "; set parallel.sequence=false")
+    )
 
 
 def forward_flops(config: Llama2Config, length: int) -> float:

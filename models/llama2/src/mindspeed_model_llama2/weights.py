@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mindspeed_model_core.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.layout import PEFT, Cat, HeadPermute, Layout, Row, Same, Table
 from mindspeed_model_core.recipe import validate
@@ -15,15 +16,6 @@ from torch import Tensor
 
 from .config import PRESETS, Llama2Config
 from .model import Llama2
-
-TOKENIZER = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def _heads(config: Llama2Config) -> tuple[int, int, int]:
@@ -143,7 +135,7 @@ HUB = Layout(
     write_config=write_hub_config,
     files=Safetensors(),
     loose=("max_position_embeddings", "initializer_range"),
-    extras=(*TOKENIZER, "generation_config.json"),
+    extras=(*TOKENIZER_FILES, "generation_config.json"),
     adapter=PEFT,
 )
 
@@ -287,7 +279,8 @@ ORIGINAL = Layout(
     files=_FILES,
     silent=("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"),
     extra=original_extra,
-    extras=TOKENIZER,
+    extras=TOKENIZER_FILES,
+    config_file="params.json",
     shards=original_shards,
 )
 

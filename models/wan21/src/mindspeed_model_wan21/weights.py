@@ -107,6 +107,7 @@ def _reshapes(config: Wan21Config) -> Mapping[str, Op]:
 # ------------------------------------------------------------------------------------------------ hub
 
 _FOLDER = "transformer"
+_DIFFUSERS = "0.35.0"
 _HUB_FIXED: dict[str, Any] = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
 _HUB_FIELDS = tuple(Wan21Config.model_fields)
 
@@ -143,12 +144,49 @@ def write_hub_config(config: Wan21Config, folder: Path, dtype: torch.dtype) -> N
         folder / _FOLDER / "config.json",
         {
             "_class_name": "WanTransformer3DModel",
-            "_diffusers_version": "0.35.0",
+            "_diffusers_version": _DIFFUSERS,
             **config.model_dump(mode="json"),
             "added_kv_proj_dim": config.width if config.image_dim else None,
             **_HUB_FIXED,
         },
     )
+
+
+_PARTS = {
+    "scheduler": ("diffusers", "UniPCMultistepScheduler"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "T5TokenizerFast"),
+    "transformer": ("diffusers", "WanTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+}
+_IMAGE_PARTS = {
+    "image_encoder": ("transformers", "CLIPVisionModel"),
+    "image_processor": ("transformers", "CLIPImageProcessor"),
+}
+
+
+def complete_hub(config: Wan21Config, folder: Path) -> None:
+    """Write model_index.json and the scheduler, which make the folder one of diffusers' pipelines, if its parts are."""
+    parts = {**_PARTS, **(_IMAGE_PARTS if config.image_dim else {})}
+    if any(not (folder / part).is_dir() for part in parts if part != "scheduler"):
+        return
+    if not (folder / "scheduler").exists():
+        (folder / "scheduler").mkdir()
+        write_json(
+            folder / "scheduler" / "scheduler_config.json",
+            {
+                "_class_name": "UniPCMultistepScheduler",
+                "_diffusers_version": _DIFFUSERS,
+                "num_train_timesteps": 1000,
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+                "flow_shift": 5.0,
+            },
+        )
+    kind = "WanImageToVideoPipeline" if config.image_dim else "WanPipeline"
+    index = {"_class_name": kind, "_diffusers_version": _DIFFUSERS, **{part: list(c) for part, c in parts.items()}}
+    if not (folder / "model_index.json").exists():
+        write_json(folder / "model_index.json", index)
 
 
 HUB = Layout(
@@ -160,7 +198,11 @@ HUB = Layout(
     read_config=read_hub_config,
     write_config=write_hub_config,
     files=Safetensors("diffusion_pytorch_model", _FOLDER),
+    config_file=f"{_FOLDER}/config.json",
     loose=("rope_max_seq_len",),
+    extras=("model_index.json",),
+    parts=(*(part for part in _PARTS if part != _FOLDER), *_IMAGE_PARTS),
+    complete=complete_hub,
     adapter=DIFFUSERS,
 )
 

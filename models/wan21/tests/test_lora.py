@@ -1,0 +1,127 @@
+"""Adapters of Wan2.1 change places with diffusers', and merge into the weights they adapt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mindspeed_model_core import train, weights
+from mindspeed_model_core.testing.suite import open_net, randomise
+from mindspeed_model_core.testing.tolerance import FP32, assert_close
+from mindspeed_model_wan21 import MODEL
+from mindspeed_model_wan21.task import Wan21Recipe
+from safetensors.torch import save_file
+from torch import Tensor
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in diffusers' layout."""
+    net = open_net(MODEL, MODEL.presets["tiny-t2v"])
+    randomise(net, seed=3)
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    weights.save(net.named_parameters(), net.config, MODEL.layouts[0], folder)
+    return folder
+
+
+def batch() -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(8)
+    shapes = {"x": (1, 16, 2, 4, 6), "text": (1, 512, 32)}
+    return {**{n: torch.randn(s, generator=draw) for n, s in shapes.items()}, "time": torch.tensor([400.0])}
+
+
+def ours(folder: Path) -> Tensor:
+    net = open_net(MODEL, MODEL.presets["tiny-t2v"], folder)
+    with torch.no_grad():
+        return net(batch())  # type: ignore[return-value]
+
+
+def pipeline(folder: Path) -> Any:
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=UniPCMultistepScheduler(),
+        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
+    )
+
+
+def theirs(pipe: Any) -> Tensor:
+    b = batch()
+    with torch.no_grad():
+        return pipe.transformer(b["x"], b["time"], b["text"], return_dict=False)[0]
+
+
+def features(folder: Path) -> Path:
+    from mindspeed_model_core.data.features import FeatureWriter, write_index
+
+    draw = torch.Generator().manual_seed(1)
+    with FeatureWriter(folder) as writer:
+        for number in range(2):
+            tensors = {"latents": torch.randn(16, 2, 4, 6, generator=draw), "text": torch.randn(5, 32, generator=draw)}
+            writer.add(f"{number:08d}-clip", tensors)
+    write_index(folder, {"conditioning": "none"})
+    return folder
+
+
+@pytest.mark.parity
+def test_ours_load_in_diffusers_and_merge(hub: Path, tmp_path: Path) -> None:
+    """A run's adapters through WanPipeline.load_lora_weights, and merged by convert, compute the same."""
+    recipe = Wan21Recipe(
+        preset="tiny-t2v",
+        precision="fp32",
+        steps=3,
+        global_batch=2,
+        init_from=str(hub),
+        data={"path": str(features(tmp_path / "features"))},  # type: ignore[arg-type]
+        lora={"rank": 3, "alpha": 6.0},  # type: ignore[arg-type]
+        optim={"lr": 0.05, "schedule": "constant"},  # type: ignore[arg-type]
+        metrics={"trackers": ()},  # type: ignore[arg-type]
+    )
+    train.run(recipe, MODEL, tmp_path / "run")
+    weights.convert(tmp_path / "run", tmp_path / "adapter", MODEL, "hub")
+    pipe = pipeline(hub)
+    before = theirs(pipe)
+    pipe.load_lora_weights(str(tmp_path / "adapter"))
+    adapted = theirs(pipe)
+    assert (adapted - before).abs().max() > 0.05 * before.abs().max()
+    weights.convert(hub, tmp_path / "merged", MODEL, "hub", merge_lora=tmp_path / "adapter")
+    assert_close({"output": ours(tmp_path / "merged")}, {"output": adapted}, FP32)
+
+
+@pytest.mark.parity
+def test_theirs_merge_here(hub: Path, tmp_path: Path) -> None:
+    """Adapters that diffusers made and saved."""
+    from diffusers import WanPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = pipeline(hub)
+    pipe.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipe.transformer)
+    WanPipeline.save_lora_weights(
+        tmp_path / "adapter",
+        transformer_lora_layers=layers,
+        transformer_lora_adapter_metadata={"r": 3, "lora_alpha": 6},
+    )
+    adapted = theirs(pipe)
+    weights.convert(hub, tmp_path / "merged", MODEL, "hub", merge_lora=tmp_path / "adapter")
+    assert_close({"output": ours(tmp_path / "merged")}, {"output": adapted}, FP32)
+    assert (ours(hub) - adapted).abs().max() > 0.01
+
+
+def test_a_damaged_adapter_is_refused(hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {"transformer.blocks.0.attn9.to_q.lora_A.weight": torch.ones(2, 64)},
+        tmp_path / "adapter" / "pytorch_lora_weights.safetensors",
+    )
+    with pytest.raises(Exception, match="attn9") as caught:
+        weights.convert(hub, tmp_path / "merged", MODEL, "hub", merge_lora=tmp_path / "adapter")
+    assert type(caught.value).__name__ == "UserError" and not (tmp_path / "merged").exists()
