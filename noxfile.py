@@ -7,7 +7,9 @@ nox -s "unit(llama2)" -- -k rope -x. All sessions share one environment, .nox/de
 
 from __future__ import annotations
 
+import ast
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -127,10 +129,23 @@ def dev(session: nox.Session) -> None:
 # --- run it ----------------------------------------------------------------------------------------------------------
 
 
-@per_package({n: p for n, p in MODELS.items() if any(p.glob("src/*/demo.py"))})
-def demo(session: nox.Session, package: str) -> None:
-    """Train a tiny model on real text, resume it, export, compare, generate: on CPU, in about three minutes."""
+@nox.session(venv_backend="none", requires=["dev"])
+def demo(session: nox.Session) -> None:
+    """Train a tiny Llama-2 on real text, resume it, export, compare, generate: on CPU, in about three minutes."""
+    show(session, "llama2")
+
+
+def show(session: nox.Session, package: str) -> None:
+    """Run a model's demonstration."""
     run(session, "python", "-m", f"{module(package)}.demo", *session.posargs)
+
+
+for _name, _folder in MODELS.items():
+    for _file in _folder.glob("src/*/demo.py"):
+        # "demo" alone is the first one, so that a newcomer waits for no other.
+        _run = functools.partial(show, package=_name)
+        _run.__doc__ = ast.get_docstring(ast.parse(_file.read_text(encoding="utf-8"))).partition("\n\n")[0]  # type: ignore
+        nox.session(_run, name=f"demo({_name})", venv_backend="none", requires=["dev"])
 
 
 # --- test it ---------------------------------------------------------------------------------------------------------

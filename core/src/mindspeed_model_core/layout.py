@@ -161,7 +161,10 @@ class Row:
 
 
 class Table:
-    """The rows of a layout; total: each parameter of ours has one row, each tensor of theirs is used or ignored."""
+    """The rows of a layout; total: each parameter of ours has one row, each tensor of theirs is used or ignored.
+
+    In ``ignore``, ``**`` stands for any text.
+    """
 
     def __init__(self, *rows: Row, ignore: tuple[str, ...] = ()) -> None:
         self.rows = tuple((_pattern(row.ours), row) for row in rows)
@@ -192,7 +195,7 @@ class Table:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(re.escape(text).replace(r"\*", r"(\d+)"))
+    return re.compile(re.escape(text).replace(r"\*\*", ".+").replace(r"\*", r"(\d+)"))
 
 
 def _fill(pattern: str, numbers: Sequence[str]) -> str:

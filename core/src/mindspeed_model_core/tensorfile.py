@@ -532,6 +532,27 @@ class Consolidated:
         return Writer([file for file, _ in made], slots, _seal_pth)
 
 
+@dataclass(frozen=True)
+class TorchFile:
+    """A folder with one file of ``torch.save``, a mapping of names to tensors."""
+
+    name: str
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The path of the file, in the folder."""
+        return (self.name,)
+
+    def open(self, folder: Path) -> Reader:
+        """Read where the tensors lie; UserError if the file is missing or broken."""
+        return Reader({name: ([slot], 0) for name, slot in open_pth(folder / self.name).items()})
+
+    def create(self, folder: Path, specs: Mapping[str, Spec], *, shards: int = 1, shard_bytes: int = 0) -> Writer:
+        """Lay out the file."""
+        file, slots = create_pth(folder / self.name, specs)
+        return Writer([file], {name: ([slot], 0) for name, slot in slots.items()}, _seal_pth)
+
+
 def _consolidated(number: int) -> str:
     return f"consolidated.{number:02d}.pth"
 

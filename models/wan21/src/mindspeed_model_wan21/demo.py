@@ -26,7 +26,7 @@ from .tiny import train_tiny_vae, write_tiny_encoders
 
 CLIPS = {"an astronaut smiles": "astronaut.png", "a cat looks up": "chelsea.png"}
 FRAMES, SIDE, FPS = 5, 48, 8
-VAE_STEPS, STEPS, BAR = 150, 500, 20.0
+VAE_STEPS, BAR = 150, 20.0
 shows = Showcase("wan21", __package__ or "mindspeed_model_wan21")
 
 
@@ -80,7 +80,7 @@ def demo(
     shows.run("prepare", str(listed), str(work / "features"), "--encoders", str(encoders), *size)
 
     shows.heading("Train with two processes, until the network knows the clips by heart")
-    values = [f"data.path={work / 'features'}", f"data.encoders={encoders}", f"steps={STEPS}", "metrics.every=25"]
+    values = [f"data.path={work / 'features'}", f"data.encoders={encoders}", "metrics.every=50"]
     shows.run("train", "tiny-t2v", *values, "--nproc", "2", "--run-dir", str(work / "run"))
     losses = [float(record["loss"]) for record in metrics.read(work / "run")]
     console.print(f"loss {losses[0]:.2f} at first, {sum(losses[-3:]) / 3:.3f} at the end: {work / 'run' / metrics.CHART}")
