@@ -16,7 +16,8 @@ from .repository import MODELS, NOXFILE, PACKAGES, ROOT, project
 FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "newsfragments", "src", "tests"}
 SOURCES = {"__init__.py", "__main__.py", "config.py", "data.py", "generate.py", "model.py", "task.py", "weights.py"}
 BESIDE = {"recipes", "py.typed"}
-MAY_HAVE = {"demo.py"}
+# Where a model has a demonstration, frozen encoders (also tiny ones), or data that is encoded beforehand.
+MAY_HAVE = {"demo.py", "encoders.py", "prepare.py", "tiny.py", "auxiliary.py"}
 
 
 def listed(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""What the models' demonstrations share: numbered headings, commands shown as a user types them, a folder of its own."""
+"""What the models' demonstrations share: numbered headings, commands as a user types them, a folder of their own."""
 
 from __future__ import annotations
 

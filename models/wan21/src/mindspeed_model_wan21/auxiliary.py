@@ -122,7 +122,7 @@ _RESIDUAL = {
 def _build_vae(config: VaeConfig) -> nn.Module:
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**config.model_dump(), **_VAE_FIXED)
+    return AutoencoderKLWan(**config.model_dump(mode="json"), **_VAE_FIXED)
 
 
 def _vae_modules(config: VaeConfig) -> dict[str, str]:

@@ -83,7 +83,9 @@ def demo(
     values = [f"data.path={work / 'features'}", f"data.encoders={encoders}", "metrics.every=50"]
     shows.run("train", "tiny-t2v", *values, "--nproc", "2", "--run-dir", str(work / "run"))
     losses = [float(record["loss"]) for record in metrics.read(work / "run")]
-    console.print(f"loss {losses[0]:.2f} at first, {sum(losses[-3:]) / 3:.3f} at the end: {work / 'run' / metrics.CHART}")
+    console.print(
+        f"loss {losses[0]:.2f} at first, {sum(losses[-3:]) / 3:.3f} at the end: {work / 'run' / metrics.CHART}"
+    )
 
     shows.heading("Export it as a diffusers pipeline, and sample each clip from its caption")
     shows.run("convert", str(work / "run"), str(work / "exported"), "--layout", "hub")
