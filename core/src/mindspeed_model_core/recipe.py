@@ -201,6 +201,11 @@ class Recipe(Section):
             )
         return self.global_batch // share
 
+    @property
+    def passes(self) -> int:
+        """Return what a training step costs in forward passes: 3, or 2 where frozen weights need no gradient."""
+        return 3 if self.lora is None else 2
+
     def digest(self) -> str:
         """Return 12 hex digits that change exactly when a field that changes the work does."""
         text = json.dumps(_work(self), sort_keys=True, separators=(",", ":"))

@@ -94,6 +94,12 @@ def test_flops_are_the_published_ones(preset: str, shape: tuple[int, int, int], 
     assert abs(flops / 1e12 / tera - 1) < 2e-3
 
 
+def test_adapters_need_no_gradient_of_frozen_weights() -> None:
+    batch = next(iter(task().synthetic(0, 1)))[0]
+    adapters = task(lora={"rank": 4}).work(batch).flops
+    assert adapters == pytest.approx(2 / 3 * task().work(batch).flops)
+
+
 def test_synthetic_batches_have_the_recipes_shape() -> None:
     for preset, images in (("tiny-t2v", 0), ("tiny-i2v", 257)):
         each = task(preset)

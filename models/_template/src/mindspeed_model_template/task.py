@@ -65,7 +65,7 @@ class NextByte:
         tokens, config = batch["labels"].numel(), self.config
         block = 3 * config.hidden_size * config.intermediate_size
         weights = config.num_hidden_layers * block + config.hidden_size * config.vocab_size
-        return Work(tokens // self.recipe.data.sequence_length, tokens, 3.0 * 2 * weights * tokens)
+        return Work(tokens // self.recipe.data.sequence_length, tokens, self.recipe.passes * 2.0 * weights * tokens)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the sum of the per-byte losses the network computed."""

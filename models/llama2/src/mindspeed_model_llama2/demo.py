@@ -11,10 +11,8 @@ import ast
 import contextlib
 import json
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.recipe import ParallelConfig
-from rich.console import Console
+from mindspeed_model_core.showcase import Showcase, console, main
 
 from . import MODEL
 from .config import PRESETS
@@ -37,7 +35,7 @@ from .generate import load_net
 
 STEPS, EVERY, KILL_AT, BAR = 300, 10, 120, 3.7
 RECIPE = "tiny-text"
-console = Console(highlight=False, soft_wrap=True)
+shows = Showcase("llama2", __package__ or "mindspeed_model_llama2")
 
 
 def docstrings() -> Iterator[str]:
@@ -67,27 +65,9 @@ def make_start(folder: Path, text: Path) -> None:
     console.print(f"{len(documents)} documents, {text.stat().st_size / 1e6:.1f} MB of text; weights in {folder}")
 
 
-def heading(number: int, text: str) -> None:
-    """Print what comes next."""
-    console.print(f"\n[bold cyan]{number}. {text}[/bold cyan]")
-
-
-def command(*arguments: str) -> list[str]:
-    """Print a command as a user types it; return it as this interpreter runs it."""
-    console.print(f"[bold]$ mindspeed-llama2 {shlex.join(arguments)}[/bold]")
-    return [sys.executable, "-m", __package__ or "", *arguments]
-
-
-def run(*arguments: str) -> None:
-    """Run a command to its end; raise UserError if it fails."""
-    status = subprocess.run(command(*arguments)).returncode
-    if status:
-        raise UserError(f"mindspeed-llama2 {arguments[0]} ended with status {status}")
-
-
 def train_and_kill(arguments: list[str], folder: Path) -> None:
     """Start training and kill one of its processes, without warning, once it has come some way."""
-    job = subprocess.Popen(command(*arguments), start_new_session=True)
+    job = subprocess.Popen(shows.command(*arguments), start_new_session=True)
     try:
         while job.poll() is None and _step(folder) < KILL_AT:
             time.sleep(0.1)
@@ -169,47 +149,33 @@ def demo(
 ) -> None:
     """Train a tiny Llama-2 on real text on this machine's CPU, from a hub folder to a hub folder."""
     begun = time.perf_counter()
-    work = folder or _free(Path("runs"))
-    if work.exists():
-        raise UserError(f"{work}: exists already; name a new folder")
-    work.mkdir(parents=True)
+    work = shows.folder(folder)
     start, text, trained, exported = (work / name for name in ("start", "text.jsonl", "run", "exported"))
 
-    heading(1, "A tiny Llama-2 in the hub's layout, its tokenizer, and text from Python's standard library")
+    shows.heading("A tiny Llama-2 in the hub's layout, its tokenizer, and text from Python's standard library")
     make_start(start, text)
 
-    heading(2, "Train it with two processes, and kill one of them")
+    shows.heading("Train it with two processes, and kill one of them")
     train = ["train", RECIPE, f"init_from={start}", f"data.path={text}", f"steps={STEPS}", f"metrics.every={EVERY}"]
     train += ["--nproc", "2", "--run-dir", str(trained)]
     train_and_kill(train, trained)
 
-    heading(3, "Resume it; nothing but the steps since the last checkpoint is lost")
-    run(*train, "--resume")
+    shows.heading("Resume it; nothing but the steps since the last checkpoint is lost")
+    shows.run(*train, "--resume")
     check_loss(trained)
 
-    heading(4, "Export it to the hub's layout and compare with transformers")
-    run("convert", str(trained), str(exported), "--layout", "hub")
+    shows.heading("Export it to the hub's layout and compare with transformers")
+    shows.run("convert", str(trained), str(exported), "--layout", "hub")
     check_export(exported)
 
-    heading(5, "Let it write a line")
-    run("generate", str(exported), "--prompt", "Return the", "--max-new-tokens", "40", "--temperature", "0")
+    shows.heading("Let it write a line")
+    shows.run("generate", str(exported), "--prompt", "Return the", "--max-new-tokens", "40", "--temperature", "0")
 
-    heading(6, "Measure its speed, beside what is recorded and published")
-    run("measure", RECIPE, "--steps", "10")
-    run("baselines")
+    shows.heading("Measure its speed, beside what is recorded and published")
+    shows.run("measure", RECIPE, "--steps", "10")
+    shows.run("baselines")
     console.print(f"\n[bold green]Done in {time.perf_counter() - begun:.0f} s.[/bold green] Everything is in {work}.")
 
 
-def _free(parent: Path) -> Path:
-    numbers = iter(range(1, 10_000))
-    return next(p for n in numbers if not (p := parent / f"llama2-demo-{n}").exists())
-
-
 if __name__ == "__main__":
-    os.environ["MINDSPEED_MODEL_DEVICE"] = "cpu"
-    if not sys.stdout.isatty():
-        os.environ.setdefault("COLUMNS", "140")  # tables in a log need not fold
-    try:
-        typer.run(demo)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main(demo)

@@ -76,7 +76,8 @@ class NextToken:
         That is the convention of the published MFU figures; packed documents and the causal mask do less.
         """
         tokens, length = len(batch["tokens"]), self.recipe.data.sequence_length
-        return Work(tokens // length, tokens, 3 * forward_flops(self.config, length) * (tokens / length))
+        flops = self.recipe.passes * forward_flops(self.config, length)
+        return Work(tokens // length, tokens, flops * (tokens / length))
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the sum of the per-token losses the network computed."""

@@ -80,7 +80,7 @@ class FlowMatching:
             shape = tuple((batch["x"] if "x" in batch else batch["latents"]).shape[2:])
         tokens = math.prod(size // patch for size, patch in zip(shape, config.patch_size, strict=True))
         images = batch["image"].shape[1] if "image" in batch else 0
-        return Work(samples, samples, 3 * samples * forward_flops(config, tokens, images))
+        return Work(samples, samples, self.recipe.passes * samples * forward_flops(config, tokens, images))
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the sum over samples of the weighted mean squared error."""
