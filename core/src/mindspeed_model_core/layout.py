@@ -284,9 +284,9 @@ class Layout:
     the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
     weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
     the layout has beside ours; ``extras`` names files and ``parts`` folders copied along from where the weights came
-    from, and ``complete`` writes what describes them all; ``config_file`` is where the
-    configuration is; ``shards`` gives the number of files; ``adapter`` is the form adapters of the layout's modules are
-    published in, if there is one.
+    from, ``companions`` brings along what must be translated on the way, and ``complete`` writes what describes them
+    all; ``config_file`` is where the configuration is; ``shards`` gives the number of files; ``adapter`` is the form
+    adapters of the layout's modules are published in, if there is one.
     """
 
     name: str
@@ -302,6 +302,7 @@ class Layout:
     extra: Callable[[Any, torch.dtype], Mapping[str, Tensor]] = lambda config, dtype: {}
     extras: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    companions: Callable[[Path, Path], None] = lambda origin, folder: None
     complete: Callable[[Any, Path], None] = lambda config, folder: None
     config_file: str = "config.json"
     shards: Callable[[Any, int | None], int] = _one

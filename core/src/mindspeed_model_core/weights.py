@@ -513,6 +513,7 @@ def _copy_extras(origin: str | Path | None, layout: Layout, folder: Path) -> Non
     for part in layout.parts:
         if (origin / part).is_dir() and not (folder / part).exists():
             shutil.copytree(origin / part, folder / part)
+    layout.companions(origin, folder)
 
 
 @contextmanager

@@ -29,10 +29,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hub(tmp_path_factory.mktemp("wan") / "hub", "tiny-t2v")
 
 
-def write_hub(folder: Path, preset: str) -> Path:
+def write_hub(folder: Path, preset: str, *, image: bool = True) -> Path:
     net = open_net(MODEL, MODEL.presets[preset])
     randomise(net, seed=3)
-    encoders = write_tiny_encoders(folder.with_name("encoders"))
+    encoders = write_tiny_encoders(folder.with_name("encoders"), image=image)
     weights.save(net.named_parameters(), net.config, MODEL.layouts[0], folder, extras_from=encoders)
     return folder
 
@@ -70,6 +70,17 @@ def test_samples_what_diffusers_samples(hub: Path) -> None:
     got, want = ours(hub, what), theirs(hub, what)
     assert got.shape == (5, 3, 32, 48) and want.float().std() > 5
     assert (got.int() - want.int()).abs().max() <= 1  # a rounding of the last bit
+
+
+@pytest.mark.parity
+def test_an_original_release_becomes_the_same_pipeline(tmp_path: Path) -> None:
+    """VAE, text encoder and tokenizer go to the original layout and back with the network, and sample the same."""
+    hub = write_hub(tmp_path / "hub", "tiny-t2v", image=False)
+    weights.convert(hub, tmp_path / "release", MODEL, "original")
+    assert {p.name for p in (tmp_path / "release").iterdir()} >= {"Wan2.1_VAE.pth", "google"}
+    weights.convert(tmp_path / "release", tmp_path / "back", MODEL, "hub")
+    what = Sampling("a red square", **SIZE)
+    assert torch.equal(theirs(tmp_path / "back", what), theirs(hub, what))
 
 
 @pytest.mark.dist

@@ -189,6 +189,14 @@ def complete_hub(config: Wan21Config, folder: Path) -> None:
         write_json(folder / "model_index.json", index)
 
 
+def _from_release(origin: Path, folder: Path) -> None:
+    """Translate the frozen parts of an original release, where it has them."""
+    from .auxiliary import TEXT_ORIGINAL, VAE_ORIGINAL, translate
+
+    if VAE_ORIGINAL.detect(origin) and TEXT_ORIGINAL.detect(origin) and not (folder / "vae").exists():
+        translate(origin, folder)
+
+
 HUB = Layout(
     name="hub",
     describe="transformer/config.json with transformer/diffusion_pytorch_model.safetensors",
@@ -202,6 +210,7 @@ HUB = Layout(
     loose=("rope_max_seq_len",),
     extras=("model_index.json",),
     parts=(*(part for part in _PARTS if part != _FOLDER), *_IMAGE_PARTS),
+    companions=_from_release,
     complete=complete_hub,
     adapter=DIFFUSERS,
 )
@@ -264,6 +273,15 @@ def write_original_config(config: Wan21Config, folder: Path, dtype: torch.dtype)
     )
 
 
+def _as_release(origin: Path, folder: Path) -> None:
+    """Translate the frozen parts of a folder in diffusers' layout, where it has them."""
+    from .auxiliary import has_frozen, restore
+    from .encoders import has_encoders
+
+    if has_encoders(origin) and not has_frozen(folder):
+        restore(origin, folder)
+
+
 ORIGINAL = Layout(
     name="original",
     describe="config.json of WanModel with diffusion_pytorch_model.safetensors",
@@ -274,6 +292,13 @@ ORIGINAL = Layout(
     write_config=write_original_config,
     files=_FILES,
     silent=("rope_max_seq_len", "patch_size"),
+    extras=(
+        "Wan2.1_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    ),
+    parts=("google/umt5-xxl",),
+    companions=_as_release,
 )
 
 LAYOUTS = (HUB, ORIGINAL)
