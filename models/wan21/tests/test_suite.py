@@ -63,6 +63,8 @@ class Counted(TorchDispatchMode):
 
 class Wan21Suite(ModelSuite):
     model = MODEL
+    # The gradient of a scale that norms a whole width is a sum that nearly cancels.
+    bf16 = 0.3
     reference_options = {"subfolder": "transformer"}
     parameter_counts = {
         "t2v-1.3b": 1_418_996_800,
