@@ -47,12 +47,8 @@ def choose(
 ) -> Bucket | None:
     """Return the bucket of a clip: the size nearest in aspect, and the longest of ``lengths`` that it fills.
 
-    An image (1 frame) fits the length 1. None: the clip is shorter than every length. Raises UserError for a length
-    that is not 4n + 1, which video autoencoders of stride 4 cannot encode.
+    An image (1 frame) fits the length 1. None: the clip is shorter than every length.
     """
-    for length in lengths:
-        if length < 1 or length % 4 != 1:
-            raise UserError(f"{length} frames: must be 4n + 1; try {max(0, round((length - 1) / 4)) * 4 + 1}")
     filled = [length for length in lengths if length <= frames]
     if not filled:
         return None

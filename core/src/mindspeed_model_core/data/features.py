@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
-from ..tensorfile import read_json
+from ..tensorfile import publish, read_json
 
 INDEX = "index.json"
 SHARDS = "shards"
@@ -67,7 +66,7 @@ class FeatureWriter:
         path = self.folder / f"{self.name}-{self.number:05d}.safetensors"
         draft = path.with_name(f".{path.name}.tmp")
         save_file(self._held, draft, metadata={"keys": json.dumps(self._held_keys)})
-        _publish(draft, path)
+        publish(draft, path)
         self.number += 1
         self._held, self._held_keys, self._size = {}, [], 0
 
@@ -91,31 +90,31 @@ def done(folder: str | Path) -> set[str]:
 def write_index(folder: str | Path, meta: Mapping[str, Any]) -> None:
     """Write ``index.json``: every shard's size, every sample's shard and shapes, and ``meta``, which is JSON.
 
-    Samples are listed by key, so that their order does not depend on who wrote them. What killed writers left behind
-    is removed: no writer may be at work.
+    Samples are listed by key and shapes as these have them, so that neither depends on who wrote what. What killed
+    writers left behind is removed: no writer may be at work.
     """
     folder = Path(folder)
     for draft in (folder / SHARDS).glob(".*.tmp"):
         draft.unlink()
     shards: list[dict[str, Any]] = []
-    shapes: dict[str, int] = {}
-    samples: dict[str, tuple[int, int]] = {}
+    held: dict[str, tuple[int, str]] = {}
     for path, keys, found in _scan(folder):
         shards.append({"file": path.name, "bytes": path.stat().st_size})
         for key in keys:
-            kind = json.dumps(found[key], sort_keys=True)
-            samples[key] = len(shards) - 1, shapes.setdefault(kind, len(shapes))
+            held[key] = len(shards) - 1, json.dumps(found[key], sort_keys=True)
+    shapes: dict[str, int] = {}
+    samples = {key: [held[key][0], shapes.setdefault(held[key][1], len(shapes))] for key in sorted(held)}
     value = {
         "version": 1,
         "meta": dict(meta),
         "shards": shards,
         "shapes": [json.loads(kind) for kind in shapes],
-        "samples": {key: list(samples[key]) for key in sorted(samples)},
+        "samples": samples,
     }
     draft = folder / f".{INDEX}.tmp"
     with draft.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, separators=(",", ":"))
-    _publish(draft, folder / INDEX)
+    publish(draft, folder / INDEX)
 
 
 class FeatureSet:
@@ -242,15 +241,3 @@ def _shard(path: Path) -> Iterator[None]:
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: truncated or damaged ({reason}); remove it and encode again") from None
-
-
-def _publish(draft: Path, path: Path) -> None:
-    """Put a complete file on disk under its name."""
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from ..tensorfile import publish
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -233,7 +234,7 @@ def write_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float)
             if stream is None:
                 raise UserError(f"{path}: no frames to write")
             container.mux(stream.encode(None))
-        _publish(draft, path)
+        publish(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -255,15 +256,9 @@ def contact_sheet(path: str | Path, rows: Sequence[Tensor]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         sheet.save(draft, format="PNG")
-        _publish(draft, path)
+        publish(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _publish(draft: Path, path: Path) -> None:
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -1,0 +1,171 @@
+"""Readers of encoded samples in buckets: prepared folders, lists of feature files, and random ones to measure with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..tensorfile import publish
+from ..trunk import Batch
+from .clips import BadFiles, PictureData, Sample, content, drops_text
+from .features import INDEX, FeatureSet, Shape
+
+EMPTY_TEXT = "empty_text.safetensors"
+"""The file of a prepared folder that holds what the empty caption was encoded to."""
+
+Collate = Callable[[list[Sample]], Batch]
+Check = Callable[[str, Mapping[str, Shape]], None]
+"""Raises UserError, beginning with the place it is given, for a sample of shapes that the network cannot take."""
+
+
+def open_prepared(folder: Path) -> FeatureSet:
+    """Return the samples of a folder made by ``prepare``; UserError if it is not finished or holds none."""
+    found = FeatureSet(folder)
+    if not found.finished:
+        raise UserError(f"{folder}: is not finished; run the prepare command again to go on")
+    if not len(found):
+        raise UserError(f"{folder}: holds no sample")
+    return found
+
+
+class PreparedFeatures:
+    """Reads the tensors ``names`` of a prepared folder's samples; ``key`` names the one whose shape is the bucket.
+
+    A sample that goes without its text has, for those of its tensors that ``EMPTY_TEXT`` holds, these.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        data: PictureData,
+        collate: Collate,
+        *,
+        names: tuple[str, ...],
+        check: Check,
+        key: str = "latents",
+    ) -> None:
+        self.features, self.names, self.collate, self.text_drop = features, names, collate, data.text_drop
+        self.empty = read_empty_text(features.folder) if data.text_drop else {}
+        self.keys: list[Shape] = []
+        for number, sample in enumerate(features.keys):
+            shapes = features.shapes(number)
+            check(f"{features.folder}: {sample}", shapes)
+            self.keys.append(shapes[key])
+        self.identity = content(features.folder / INDEX)
+
+    def read(self, index: int, seed: int) -> Sample:
+        """Return a sample's features."""
+        tensors = self.features.read(index)
+        if self.empty and drops_text(seed, self.text_drop):
+            tensors |= self.empty
+        return {**{name: tensors[name] for name in self.names}, "seed": seed}
+
+
+class FeatureFiles:
+    """Reads a .jsonl list whose lines name, under ``file``, a file of features that ``load`` reads.
+
+    ``load`` raises UserError for a file that cannot be used. Such files have no embedding of the empty text.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        data: PictureData,
+        collate: Collate,
+        *,
+        load: Callable[[Path], dict[str, Tensor]],
+        check: Check,
+        key: str = "latents",
+    ) -> None:
+        if data.text_drop:
+            raise UserError(
+                f"data.text_drop={data.text_drop}: {path} has no embedding of the empty text; set data.text_drop=0, or "
+                "encode the videos with the prepare command"
+            )
+        self.load, self.collate = load, collate
+        self.bad = BadFiles(data.on_bad)
+        self.files: list[Path] = []
+        self.keys: list[Shape] = []
+        files = _listed(path)
+
+        def look(file: Path) -> Shape | str:
+            try:
+                shapes = {name: tuple(tensor.shape) for name, tensor in load(file).items()}
+                check(str(file), shapes)
+            except UserError as error:
+                return str(error)
+            return shapes[key]
+
+        with ThreadPoolExecutor() as pool:
+            for file, found in zip(files, pool.map(look, files), strict=True):
+                if isinstance(found, str):
+                    self.bad.add(found)
+                else:
+                    self.files.append(file)
+                    self.keys.append(found)
+        self.bad.report(len(files))
+        if not self.files:
+            raise UserError(f"{path}: none of its {len(files)} files can be used")
+        self.identity: dict[str, Any] = {**content(path), "data.path (files that can be used)": len(self.files)}
+
+    def read(self, index: int, seed: int) -> Sample | None:
+        """Return a file's features, or None if it is bad."""
+        try:
+            return {**self.load(self.files[index]), "seed": seed}
+        except UserError as error:
+            self.bad.found_late(str(error))
+            return None
+
+
+class RandomFeatures:
+    """Makes random features of given shapes, which follow from the sample's seed alone."""
+
+    keys = ("random",)
+
+    def __init__(self, shapes: Mapping[str, Shape], collate: Collate) -> None:
+        self.shapes, self.collate = dict(shapes), collate
+        self.identity: dict[str, Any] = {}
+
+    def read(self, index: int, seed: int) -> Sample:
+        """Return a sample."""
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
+        return {**tensors, "seed": seed}
+
+
+def read_empty_text(folder: Path) -> dict[str, Tensor]:
+    """Return what the empty caption was encoded to; UserError if the folder does not tell."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / EMPTY_TEXT)
+    except (OSError, SafetensorError):
+        raise UserError(f"{folder / EMPTY_TEXT}: missing or damaged; run the prepare command again") from None
+
+
+def write_empty_text(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what the empty caption was encoded to."""
+    from safetensors.torch import save_file
+
+    draft = folder / f".{EMPTY_TEXT}.tmp"
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, draft)
+    publish(draft, folder / EMPTY_TEXT)
+
+
+def _listed(path: Path) -> list[Path]:
+    files = []
+    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if text.strip():
+            try:
+                files.append(path.parent / json.loads(text)["file"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{line}: not a JSON object with the key 'file'") from None
+    return files

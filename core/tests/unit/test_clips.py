@@ -1,0 +1,253 @@
+"""Lists of clips become the same batches under every layout, and what cannot be read or used is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from mindspeed_model_core.data import SlotLoader
+from mindspeed_model_core.data.clips import ClipData, Clips, PictureData, drops_text, open_reader
+from mindspeed_model_core.data.media import read_frames
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.recipe import Recipe, validate
+from mindspeed_model_core.testing.clips import drawn, equal, write_clips
+from pydantic import PositiveFloat, PositiveInt
+
+BATCH = 4
+SHAPES = [(5, 32, 48), (9, 48, 32), (5, 32, 48), (6, 40, 60), (1, 32, 48), (9, 48, 32), (7, 32, 48)]
+BUCKETS = [(5, 32, 48), (9, 48, 32), (5, 32, 48), (5, 32, 48), (1, 32, 48), (9, 48, 32), (5, 32, 48)]
+
+
+class Pictures(PictureData):
+    stride: ClassVar[int] = 16
+    encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    height: PositiveInt = 32
+    width: PositiveInt = 48
+
+
+class Videos(ClipData):
+    stride: ClassVar[int] = 16
+    frame_stride: ClassVar[int] = 4
+    encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    height: PositiveInt = 32
+    width: PositiveInt = 48
+    frames: tuple[PositiveInt, ...] = (1, 5, 9)
+    fps: PositiveFloat = 16.0
+    ratios: tuple[str, ...] = ("3:2", "2:3")
+    synthetic: tuple[PositiveInt, PositiveInt, PositiveInt] = (5, 32, 48)
+
+
+def load(
+    path: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    micro: int = 2,
+    seed: int = 3,
+    kind: type[PictureData] = Videos,
+    **data: Any,
+) -> SlotLoader:
+    section = kind(path=str(path), **data)
+    found, place = section.source()
+    assert found == "raw"
+    recipe = Recipe(preset="toy", global_batch=BATCH, micro_batch=micro, seed=seed)
+    return open_reader(Clips(place, section), recipe, rank, ranks, workers=section.workers)
+
+
+def captions(loader: SlotLoader, steps: int) -> list[str]:
+    return [caption for step in drawn([loader], steps) for batch in step for caption in batch["captions"]]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"), SHAPES)
+
+
+def test_batches_hold_the_clips_in_one_shape(clips: Path) -> None:
+    seen = {}
+    for step in drawn([load(clips)], 4):
+        for batch in step:
+            video, texts = batch["video"], batch["captions"]
+            assert video.dtype == torch.uint8 and len(video) == len(texts) == len(batch["seeds"]) == 2
+            for each, caption in zip(video, texts, strict=True):
+                seen[caption] = each
+    assert sorted(caption.split()[-1] for caption in seen) == [str(i) for i in range(len(SHAPES))]
+    for caption, video in seen.items():
+        number = int(caption.split()[-1])
+        frames, height, width = BUCKETS[number]
+        path = clips.parent / f"part-{number}" / ("clip.png" if frames == 1 else "clip.mp4")
+        assert torch.equal(video, read_frames(path, frames, fps=16, size=(height, width)))
+
+
+def test_a_model_of_pictures_sees_one_frame_of_each_file(clips: Path) -> None:
+    seen = {}
+    for step in drawn([load(clips, kind=Pictures)], 4):
+        for batch in step:
+            assert batch["video"].shape == (2, 1, 3, 32, 48)
+            seen |= dict(zip(batch["captions"], batch["video"], strict=True))
+    assert len(seen) == len(SHAPES)
+    for caption, video in seen.items():
+        number = int(caption.split()[-1])
+        path = clips.parent / f"part-{number}" / ("clip.png" if SHAPES[number][0] == 1 else "clip.mp4")
+        assert torch.equal(video, read_frames(path, 1, fps=None, size=(32, 48)))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_order_and_resuming_depend_on_no_layout(clips: Path) -> None:
+    def loaders(ranks: int, workers: int = 0) -> list[SlotLoader]:
+        return [load(clips, r, ranks, text_drop=0.5, workers=workers) for r in range(ranks)]
+
+    reference = list(drawn(loaders(1), 7))
+    parted = loaders(2, workers=1)
+    assert equal(list(drawn(parted, 4)), reference[:4])
+    states = [json.loads(json.dumps(each.state_dict())) for each in parted]
+    merged = {**states[0], "slots": {k: v for state in states for k, v in state["slots"].items()}}
+    for resumed in (loaders(1), loaders(2)):
+        for each in resumed:
+            each.load_state_dict(merged)
+        assert equal(list(drawn(resumed, 3)), reference[4:])
+    assert not equal(list(drawn([load(clips, seed=4)], 1)), reference[:1])
+
+
+def test_a_position_is_of_one_list_and_its_settings(clips: Path, tmp_path: Path) -> None:
+    state = load(clips).state_dict()
+    assert set(state) == {
+        "slots",
+        "micro_batch",
+        "data.path (content)",
+        "data.path (clips that can be used)",
+        "data.fps",
+        "data.frames",
+        "data.height, width and ratios",
+    }
+    for changes, message in (
+        ({"micro": 1}, "micro_batch: is 1 now and was 2"),
+        ({"frames": (1, 5)}, r"data.frames: is \[1, 5\] now and was \[1, 5, 9\]"),
+        ({"fps": 15.0}, "data.fps: is 15.0 now and was 16.0"),
+        ({"ratios": ("3:2",)}, r"data.height, width and ratios: is \[\[32, 48\]\] now"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(clips, **changes).load_state_dict(state)
+    other = clips.with_name("other.jsonl")
+    other.write_text(clips.read_text().replace("number", "No."))
+    with pytest.raises(UserError, match=r"data.path \(content\): is "):
+        load(other).load_state_dict(state)
+
+
+def test_text_is_dropped_by_the_samples_seed(clips: Path) -> None:
+    for share in (0.0, 0.5, 1.0):
+        for step in drawn([load(clips, text_drop=share)], 4):
+            for batch in step:
+                for caption, seed in zip(batch["captions"], batch["seeds"], strict=True):
+                    assert (caption == "") == drops_text(seed, share)
+    dropped = sum(drops_text(seed, 0.1) for seed in range(10_000))
+    assert 900 < dropped < 1100 and not drops_text(1, 0.0) and drops_text(1, 1.0)
+
+
+def test_a_bad_file_is_named_and_skipped_or_stops_the_run(clips: Path, tmp_path: Path, capsys: Any) -> None:
+    whole = (clips.parent / "part-0" / "clip.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    rows = [json.loads(line) for line in clips.read_text().splitlines()]
+    rows = [{**row, "path": str(clips.parent / row["path"])} for row in rows[:4]]
+    bad = [{"path": "cut.mp4", "text": "cut"}, {"path": "gone.mp4", "text": "gone"}]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
+    with pytest.raises(UserError, match=r"cut.mp4: .*\(data.on_bad=skip leaves such files out\)"):
+        load(listed)
+    loader = load(listed, on_bad="skip")
+    said = capsys.readouterr().err
+    assert "2 of 6 files are skipped:" in said and "cut.mp4: " in said and "gone.mp4: no such file" in said
+    assert set(captions(loader, 3)) == {row["text"] for row in rows}
+    listed.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with pytest.raises(UserError, match="none of its 2 clips can be used"):
+        load(listed, on_bad="skip")
+
+
+def test_a_file_that_turns_bad_is_replaced_by_the_next_of_its_bucket(tmp_path: Path, capsys: Any) -> None:
+    listed = write_clips(tmp_path, SHAPES[:4])
+    loader = load(listed, on_bad="skip")
+    (tmp_path / "part-0" / "clip.mp4").write_bytes(b"overwritten")
+    assert {caption.split()[-1] for caption in captions(loader, 4)} == {"1", "2", "3"}
+    assert capsys.readouterr().err.count("part-0/clip.mp4") == 1
+    (tmp_path / "part-0" / "clip.mp4").write_bytes((tmp_path / "part-2" / "clip.mp4").read_bytes())
+    strict = load(listed)
+    (tmp_path / "part-0" / "clip.mp4").write_bytes(b"overwritten")
+    with pytest.raises(UserError, match="part-0/clip.mp4"):
+        captions(strict, 4)
+
+
+def test_csv_lists_with_other_column_names(clips: Path) -> None:
+    listed = clips.with_name("clips.csv")
+    listed.write_text('video,prompt\npart-0/clip.mp4,"one, two"\npart-2/clip.mp4,three\n')
+    assert set(captions(load(listed), 1)) == {"one, two", "three"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "list.jsonl:1: no key path or video or image"), ("", "lists no clip"), ("[", "not a JSON")],
+)
+def test_lists_that_cannot_be_read_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match=f"^[^\n]*{message}"):
+        load(tmp_path / "list.jsonl")
+
+
+def test_what_a_path_is(clips: Path, tmp_path: Path) -> None:
+    def refused(message: str, path: Path | None, **data: Any) -> None:
+        with pytest.raises(UserError, match=f"^[^\n]*{message}"):
+            Videos(path=None if path is None else str(path), **data).source()
+
+    assert Videos(path=str(clips), kind="raw").source() == ("raw", clips)
+    assert Videos(path=str(tmp_path), kind="features").source() == ("prepared", tmp_path)
+    listed = tmp_path / "data.jsonl"
+    listed.write_text('\n{"file": "features/0.pt"}\n')
+    for path in (tmp_path, listed):
+        assert Videos(path=str(path), kind="features").source() == ("files", listed)
+    refused("data.path: this field is required", None)
+    refused("no such file or folder", tmp_path / "nothing")
+    refused("data.kind=raw: .* is features", tmp_path, kind="raw")
+    refused("data.kind=features: .* is a list of clips", clips, kind="features")
+    with pytest.raises(UserError, match="a list of clips is a .jsonl or .csv file"):
+        load(clips.parent / "part-0" / "clip.mp4")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"frames": (80,)}, "80 is not 4n \\+ 1; try 81"),
+        ({"frames": ()}, "give one length or more"),
+        ({"height": 470}, "height=470: must be a multiple of 16; try 464"),
+        ({"multiple": 32, "width": 48}, "width=48: must be a multiple of 32; try 64"),
+        ({"ratios": ("16/9",)}, "'16/9' is not width:height"),
+        ({"multiple": 8}, "multiple=8: must be a multiple of 16"),
+        ({"synthetic": (80, 480, 832)}, r"synthetic: 80 is not 4n \+ 1; try 81"),
+        ({"synthetic": (81, 480, 830)}, r"synthetic\[2\]=830: must be a multiple of 16; try 832"),
+        ({"fps": 0}, "greater than 0"),
+        ({"text_drop": 2}, "less than or equal to 1"),
+        ({"encoder": "x"}, "did you mean 'encoders'"),
+    ],
+)
+def test_impossible_values_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(Videos, fields, "data")
+
+
+def test_pictures_have_no_lengths() -> None:
+    assert Pictures().lengths == (1,) and Pictures().shapes == {"sizes": [[32, 48]]}
+    with pytest.raises(UserError, match="unknown key"):
+        validate(Pictures, {"frames": (1,)}, "data")
+
+
+def test_the_encoders_folder_is_found_beside_the_weights(tmp_path: Path) -> None:
+    for part in ("vae", "text_encoder", "transformer"):
+        (tmp_path / part).mkdir()
+    data = Videos()
+    assert data.encoder_folder(str(tmp_path)) == str(tmp_path)
+    assert data.encoder_folder(str(tmp_path / "transformer")) == str(tmp_path)
+    assert Videos(encoders="else").encoder_folder(str(tmp_path)) == "else"
+    for init_from in (None, str(tmp_path / "vae" / "deeper")):
+        with pytest.raises(UserError, match="data.encoders: .*, with vae/, text_encoder/"):
+            data.encoder_folder(init_from)

@@ -1,0 +1,275 @@
+"""Preparing encodes every clip once, whatever kills it, and refuses a folder that is not its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mindspeed_model_core import launch
+from mindspeed_model_core.data import features
+from mindspeed_model_core.data import prepare as module
+from mindspeed_model_core.data.encoded import read_empty_text
+from mindspeed_model_core.data.features import INDEX, SHARDS, FeatureSet
+from mindspeed_model_core.data.media import Item, read_frames
+from mindspeed_model_core.data.prepare import SETTINGS
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.testing.clips import PHOTOS, equal, write_clips
+
+from .toy_prepare import DATA, encode, run, words
+
+SHAPES = [(5, 32, 48), (7, 48, 32), (5, 64, 96), (1, 32, 48), (9, 32, 48), (5, 48, 32)]
+LINES = 40
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of 40 lines that name six clips, each time with another caption."""
+    listed = write_clips(tmp_path_factory.mktemp("clips"), SHAPES)
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    rows = [{**rows[i % len(rows)], "text": f"{PHOTOS[i % 4]}, line {i + 1}"} for i in range(LINES)]
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return listed
+
+
+@pytest.fixture(scope="module")
+def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "features"
+    line = run(clips, folder)
+    assert re.fullmatch(rf"{folder}: 40 clips encoded in \d+ s, [\d.]+ clips/s; 40 in all", line)
+    assert len(list((folder / SHARDS).iterdir())) > 5
+    return folder
+
+
+def contents(folder: Path) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]]:
+    """Return every sample's tensors, to the byte."""
+    found = FeatureSet(folder)
+    return {
+        key: {
+            name: (t.dtype, tuple(t.shape), bytes(t.contiguous().view(torch.uint8).flatten().tolist()))
+            for name, t in found.read(number).items()
+        }
+        for number, key in enumerate(found.keys)
+    }
+
+
+def unplaced(folder: Path) -> bytes:
+    """Return the index but for which shard holds which sample: that is whoever was free."""
+    index = json.loads((folder / INDEX).read_text())
+    del index["shards"]
+    index["samples"] = {key: kind for key, (_, kind) in index["samples"].items()}
+    return json.dumps(index).encode()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_samples_are_what_the_function_gives(clips: Path, whole: Path) -> None:
+    found = FeatureSet(whole)
+    assert found.keys == [f"{i + 1:08d}-clip" for i in range(LINES)]
+    assert found.meta == {
+        "encoders": "toy",
+        "sizes": [[32, 48], [48, 32]],
+        "frames": [1, 5, 9],
+        "fps": 16.0,
+        "samples": LINES,
+        "skipped": 0,
+    }
+    for number in range(LINES):
+        frames, height, width = SHAPES[number % len(SHAPES)]
+        path = clips.parent / f"part-{number % len(SHAPES)}" / ("clip.png" if frames == 1 else "clip.mp4")
+        size = (32, 48) if width > height else (48, 32)
+        video = read_frames(path, {7: 5}.get(frames, frames), fps=16, size=size)
+        assert equal(found.read(number), encode(Item(0, path, f"{PHOTOS[number % 4]}, line {number + 1}"), video))
+    assert equal(read_empty_text(whole), {"text": words(" ")})
+
+
+def dying(clips: Path, folder: Path) -> None:
+    flush = features.FeatureWriter.flush
+
+    def last(self: features.FeatureWriter) -> None:
+        flush(self)
+        if self.number == 2:
+            self.add("00009999-lost", {})
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    features.FeatureWriter.flush = last  # type: ignore[method-assign]
+    run(clips, folder)
+
+
+def test_a_kill_loses_and_doubles_nothing(clips: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    killed = multiprocessing.get_context("fork").Process(target=dying, args=(clips, folder))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    kept = {path: path.read_bytes() for path in (folder / SHARDS).glob("*.safetensors")}
+    assert len(kept) == 2 and not (folder / INDEX).exists()
+    line = run(clips, folder)
+    assert re.search(r"(\d+) clips encoded .*; (\d+) were there; 40 in all", line)
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert files(folder) == files(whole)
+    again = run(clips, folder)
+    assert ": 0 clips encoded" in again and "40 were there; 40 in all" in again
+    assert files(folder) == files(whole)
+
+
+class Job:
+    """A launcher of two ranks, forked from this process, where torch is imported already."""
+
+    def __init__(self, clips: Path, folder: Path, pause: float = 0.0) -> None:
+        script = Path(__file__).with_name("toy_prepare.py")
+        command = [sys.executable, str(script), "prepare", str(clips), str(folder), "--pause", str(pause)]
+        self.errors = folder.parent / "errors"
+        self.process = multiprocessing.get_context("fork").Process(target=self.launch, args=(command,))
+        self.process.start()
+
+    def launch(self, command: list[str]) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        with self.errors.open("w") as file:
+            os.dup2(file.fileno(), 2)
+            sys.stderr = file
+            status = launch.spawn(2, command, grace=1.0)
+        sys.exit(status)
+
+    def wait(self) -> tuple[int | None, str]:
+        """Return the launcher's exit status, negative for a signal, and what was said on stderr."""
+        self.process.join(60)
+        return self.process.exitcode, self.errors.read_text()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", ["all", "worker", "launcher"])
+def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    job = Job(clips, folder, pause=0.1)
+    wait_for(lambda: all(any((folder / SHARDS).glob(f"rank-{rank}-*")) for rank in range(2)))
+    workers = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+    launcher = job.process.pid or 0
+    # Workers first: a launcher that lived on would have them all end in another way.
+    for pid in {"all": [*workers, launcher], "worker": workers[1:], "launcher": [launcher]}[victim]:
+        os.kill(pid, signal.SIGKILL)
+    why = "rank 1 was killed (SIGKILL: by hand, or the machine ran out of memory); the other ranks were stopped"
+    ends = {"worker": (128 + signal.SIGKILL, f"error: {why}\n")}
+    assert job.wait() == ends.get(victim, (-signal.SIGKILL, ""))
+    kept = {path: path.read_bytes() for path in (folder / SHARDS).glob("*.safetensors")}
+    had = features.done(folder)
+    assert len(kept) >= 2 and 2 <= len(had) < LINES and not (folder / INDEX).exists()
+
+    if victim == "launcher":  # its ranks end by themselves; one process goes on at once
+        said = run(clips, folder)
+    else:
+        assert Job(clips, folder).wait() == (0, "")
+        said = (tmp_path / "said").read_text()
+    counts = re.fullmatch(rf"{folder}: (\d+) clips encoded in .* clips/s; (\d+) were there; 40 in all", said)
+    assert counts and int(counts[1]) + int(counts[2]) == LINES
+    # A rank of a launcher that was killed may have been writing its last shard when we looked.
+    assert int(counts[2]) == len(had) or (victim == "launcher" and int(counts[2]) > len(had))
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert contents(folder) == contents(whole) and unplaced(folder) == unplaced(whole)
+    assert not [path for path in folder.rglob("*.tmp")]
+
+
+def test_a_kill_before_the_first_settings_leaves_a_folder_to_go_on_with(
+    clips: Path, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / SHARDS).mkdir()
+    (tmp_path / f".{SETTINGS}.tmp").write_text("{")
+    run(clips, tmp_path)
+    assert files(tmp_path) == files(whole)
+
+
+def test_two_jobs_do_not_write_to_one_folder(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DYING", 0.1)
+    folder = tmp_path / "features"
+    (folder / SHARDS).mkdir(parents=True)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    with pytest.raises(UserError, match="features: another prepare command writes to it"):
+        run(clips, folder)
+    assert [path.name for path in folder.iterdir()] == [SHARDS]
+    os.close(handle)
+    run(clips, folder)
+
+
+def skipping() -> Any:
+    return DATA.model_copy(update={"on_bad": "skip"})
+
+
+def test_bad_files_are_named_and_skipped_or_stop_the_run(clips: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "some.jsonl"
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes((clips.parent / "part-0" / "clip.mp4").read_bytes()[:900])
+    rows = [str(clips.parent / "part-0" / "clip.mp4"), str(cut), str(tmp_path / "missing.png")]
+    listed.write_text("".join(json.dumps({"video": row, "caption": "x"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"cut.mp4: .*\(--on-bad skip leaves such files out\)"):
+        run(listed, tmp_path / "stopped")
+    line = run(listed, tmp_path / "skipped", skipping())
+    assert "1 clips encoded" in line and "2 bad files skipped; 1 in all" in line
+    found = FeatureSet(tmp_path / "skipped")
+    assert found.keys == ["00000001-clip"] and found.meta["skipped"] == 2
+
+
+def test_a_file_found_bad_while_decoding_is_skipped_too(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def broken(item: Any, bucket: Any, fps: float) -> Any:
+        if item.line == 3:
+            raise UserError(f"{item.path}: damaged")
+        return torch.zeros(bucket.frames, 3, bucket.height, bucket.width, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "read_clip", broken)
+    with pytest.raises(UserError, match=r"damaged \(--on-bad skip"):
+        run(clips, tmp_path / "stopped")
+    line = run(clips, tmp_path / "skipped", skipping())
+    assert "39 clips encoded" in line and "1 bad files skipped; 39 in all" in line
+    assert "part-2/clip.mp4: damaged" in capsys.readouterr().err
+
+
+def test_other_settings_and_other_folders_are_refused(clips: Path, whole: Path, tmp_path: Path) -> None:
+    def refused(message: str, listed: Path = clips, folder: Path = whole, data: Any = DATA, **settings: Any) -> None:
+        before = files(folder)
+        with pytest.raises(UserError, match=message):
+            run(listed, folder, data, **settings)
+        assert files(folder) == before
+
+    refused(r"prepared with fps 16.0, now it is 8.0", data=DATA.model_copy(update={"fps": 8.0}))
+    refused(r"prepared with frames \[1, 5, 9\], now it is \[5\]", data=DATA.model_copy(update={"frames": (5,)}))
+    refused("prepared with encoders toy, now it is other", encoders="other")
+    lines = clips.read_text().splitlines(keepends=True)
+    moved = clips.with_name("moved.jsonl")
+    for changed in (lines[::-1], lines[:-1]):
+        moved.write_text("".join(changed))
+        refused("prepared from another list", listed=moved)
+    for name in ("thesis.txt", f"{SHARDS}/model.safetensors"):
+        mine = tmp_path / name.replace("/", "-") / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("")
+        refused("exists and is not a prepared folder", folder=tmp_path / name.replace("/", "-"))
+
+
+def test_lines_may_be_added_to_the_list(clips: Path, whole: Path, tmp_path: Path) -> None:
+    lines = clips.read_text().splitlines(keepends=True)
+    short = clips.with_name("short.jsonl")
+    short.write_text("".join(lines[:2]))
+    run(short, tmp_path / "grown")
+    short.write_text("".join(lines))
+    assert "38 clips encoded" in run(short, tmp_path / "grown")
+    assert contents(tmp_path / "grown") == contents(whole) and unplaced(tmp_path / "grown") == unplaced(whole)
