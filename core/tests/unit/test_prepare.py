@@ -64,10 +64,11 @@ def contents(folder: Path) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, 
 
 
 def unplaced(folder: Path) -> bytes:
-    """Return the index but for which shard holds which sample: that is whoever was free."""
+    """Return the index but for which shard holds which sample, and the order of shards: that is whoever was free."""
     index = json.loads((folder / INDEX).read_text())
-    del index["shards"]
-    index["samples"] = {key: kind for key, (_, kind) in index["samples"].items()}
+    shapes = index.pop("shapes")
+    assert {path.name for path in (folder / SHARDS).iterdir()} == {shard["file"] for shard in index.pop("shards")}
+    index["samples"] = {key: shapes[kind] for key, (_, kind) in index["samples"].items()}
     return json.dumps(index).encode()
 
 

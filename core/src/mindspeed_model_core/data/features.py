@@ -90,26 +90,26 @@ def done(folder: str | Path) -> set[str]:
 def write_index(folder: str | Path, meta: Mapping[str, Any]) -> None:
     """Write ``index.json``: every shard's size, every sample's shard and shapes, and ``meta``, which is JSON.
 
-    Samples are listed by key and shapes as these have them, so that neither depends on who wrote what. What killed
-    writers left behind is removed: no writer may be at work.
+    Samples are listed by key, so that their order does not depend on who wrote them. What killed writers left behind
+    is removed: no writer may be at work.
     """
     folder = Path(folder)
     for draft in (folder / SHARDS).glob(".*.tmp"):
         draft.unlink()
     shards: list[dict[str, Any]] = []
-    held: dict[str, tuple[int, str]] = {}
+    shapes: dict[str, int] = {}
+    samples: dict[str, tuple[int, int]] = {}
     for path, keys, found in _scan(folder):
         shards.append({"file": path.name, "bytes": path.stat().st_size})
         for key in keys:
-            held[key] = len(shards) - 1, json.dumps(found[key], sort_keys=True)
-    shapes: dict[str, int] = {}
-    samples = {key: [held[key][0], shapes.setdefault(held[key][1], len(shapes))] for key in sorted(held)}
+            kind = json.dumps(found[key], sort_keys=True)
+            samples[key] = len(shards) - 1, shapes.setdefault(kind, len(shapes))
     value = {
         "version": 1,
         "meta": dict(meta),
         "shards": shards,
         "shapes": [json.loads(kind) for kind in shapes],
-        "samples": samples,
+        "samples": {key: list(samples[key]) for key in sorted(samples)},
     }
     draft = folder / f".{INDEX}.tmp"
     with draft.open("w", encoding="utf-8") as file:
