@@ -184,6 +184,7 @@ def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tm
     # A rank of a launcher that was killed may have been writing its last shard when we looked.
     assert int(counts[2]) == len(had) or (victim == "launcher" and int(counts[2]) > len(had))
     assert all(path.read_bytes() == data for path, data in kept.items())
+    assert FeatureSet(folder).keys == [f"{i + 1:08d}-clip" for i in range(LINES)]
     assert contents(folder) == contents(whole) and unplaced(folder) == unplaced(whole)
     assert not [path for path in folder.rglob("*.tmp")]
 
