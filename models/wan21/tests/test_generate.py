@@ -19,7 +19,7 @@ from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_wan21 import MODEL
 from mindspeed_model_wan21.encoders import Encoders
-from mindspeed_model_wan21.generate import Sampling, generate_command, load_network, sample
+from mindspeed_model_wan21.generate import Sampling, find_shift, generate_command, load_network, sample
 from mindspeed_model_wan21.tiny import IMAGE_TOKENS, write_tiny_encoders
 from PIL import Image
 from torch import Tensor
@@ -106,6 +106,28 @@ def test_continues_frames_as_diffusers_does(image_hub: tuple[Path, Sampling]) ->
     assert (ours(folder, other).int() - got.int()).abs().max() > 1
 
 
+def test_the_shift_is_that_of_the_folder(hub: Path, image_hub: tuple[Path, Sampling], tmp_path: Path) -> None:
+    """What the release has for its kind is written on export; what a folder says goes before it."""
+    folder, what = image_hub
+    assert find_shift(hub) == find_shift(hub / "transformer") == 5
+    assert find_shift(folder) == (16 if what.last_image else 3) and find_shift(tmp_path) is None
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    scheduler.write_text('{"flow_shift": 7}')
+    for part in ("vae", "text_encoder", "tokenizer", "transformer"):
+        (tmp_path / part).symlink_to(hub / part)
+    words = ["generate", "--prompt", "x", "--height", "32", "--width", "48", "--frames", "5", "--steps", "2"]
+    sampled = {}
+    for name, source, given in (("7", tmp_path, []), ("given", hub, ["--shift", "7"]), ("5", hub, [])):
+        done = CliRunner().invoke(app(MODEL), [*words, str(source), *given, "--out", str(tmp_path / f"{name}.mp4")])
+        assert done.exit_code == 0, done.output
+        sampled[name] = (tmp_path / f"{name}.mp4").read_bytes()
+    assert sampled["7"] == sampled["given"] != sampled["5"]
+    scheduler.write_text('{"flow_shift": "much"}')
+    with pytest.raises(UserError, match="scheduler_config.json: flow_shift='much': expected a number above 0"):
+        find_shift(tmp_path)
+
+
 @pytest.mark.parity
 def test_an_original_release_becomes_the_same_pipeline(tmp_path: Path) -> None:
     """VAE, text encoder and tokenizer go to the original layout and back with the network, and sample the same."""
@@ -162,6 +184,7 @@ def test_mistakes_are_one_line(hub: Path, tmp_path: Path) -> None:
         ({"height": 40}, "--height=40: must be a multiple of 16; try 32"),
         ({"frames": 6}, "--frames=6: must be 4n \\+ 1; try 5"),
         ({"dtype": "fp8"}, "--dtype=fp8"),
+        ({"shift": 0.0}, "--shift=0: must be above 0"),
         ({"out": tmp_path / "a.gif"}, "written as .mp4"),
         ({"encoders": tmp_path}, "no vae/"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from mindspeed_model_core.model import Model
 from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.parallel.mesh import Mesh, close_mesh, launched, open_mesh
 from mindspeed_model_core.recipe import ParallelConfig
+from mindspeed_model_core.tensorfile import read_json
 from torch import Tensor, nn
 
 from .encoders import Encoders, has_encoders
@@ -87,7 +89,10 @@ class ImageProcessor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample: ``height`` and ``width`` in pixels, ``frames`` 4n + 1; ``image`` and ``last_image`` are files."""
+    """What to sample: ``height`` and ``width`` in pixels, ``frames`` 4n + 1; ``image`` and ``last_image`` are files.
+
+    ``shift`` of the noise levels, None: the network's.
+    """
 
     prompt: str
     negative: str = NEGATIVE
@@ -98,7 +103,7 @@ class Sampling:
     frames: int = 81
     steps: int = 50
     guidance: float = 5.0
-    shift: float = 5.0
+    shift: float | None = None
     seed: int = 0
 
 
@@ -116,18 +121,34 @@ def load_network(source: Path, model: Model, mesh: Mesh, dtype: torch.dtype) -> 
     return net.requires_grad_(False).eval()
 
 
+def places(source: Path) -> list[Path]:
+    """Return the folders that may hold what belongs to weights: theirs and the one above, or those of a run's recipe."""
+    if not checkpoint.is_checkpoint(source):
+        return [source, source.absolute().parent]
+    recipe = checkpoint.read_info(checkpoint.locate(source))["recipe"]
+    return [Path(p).expanduser() for p in (recipe["data"].get("encoders"), recipe.get("init_from")) if p]
+
+
 def find_encoders(source: Path, encoders: Path | None) -> Path:
     """Return the folder of the frozen encoders: given, beside the weights, or where a run's recipe found them."""
     if encoders is not None:
         return encoders
-    places = [source, source.absolute().parent]
-    if checkpoint.is_checkpoint(source):
-        recipe = checkpoint.read_info(checkpoint.locate(source))["recipe"]
-        places = [Path(p) for p in (recipe["data"].get("encoders"), recipe.get("init_from")) if p]
-    for place in places:
+    for place in places(source):
         if has_encoders(place):
             return place
     raise UserError(f"{source}: no vae/, text_encoder/ and tokenizer/ there; name their folder with --encoders")
+
+
+def find_shift(source: Path) -> float | None:
+    """Return the shift of the noise levels that the scheduler beside the weights has, or None: there is none."""
+    for place in places(source):
+        path = place / "scheduler" / "scheduler_config.json"
+        if path.is_file() and "flow_shift" in (raw := read_json(path)):
+            shift = raw["flow_shift"]
+            if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+                raise UserError(f"{path}: flow_shift={shift!r}: expected a number above 0; or give --shift")
+            return float(shift)
+    return None
 
 
 def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
@@ -135,8 +156,9 @@ def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
     given = _given(net, what)
+    shift = net.config.shift if what.shift is None else what.shift
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=what.shift
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
     kind: Any = WanImageToVideoPipeline if given else WanPipeline
     pipeline = kind(
@@ -217,7 +239,14 @@ def generate_command(
     fps: Annotated[float, typer.Option(metavar="F", help="Frames per second of the file.")] = 16.0,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the solver.")] = 50,
     guidance: Annotated[float, typer.Option(metavar="G", help="Weight of the prompt; 1: no guidance.")] = 5.0,
-    shift: Annotated[float, typer.Option(metavar="S", help="Shift of the noise levels; 3 for image-to-video.")] = 5.0,
+    shift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help=r"Shift of the noise levels.  \[default: that of the scheduler with SRC; else 5 for text-to-video, "
+            "3 with a first frame (the release has 5 in 720p), 16 with a last one too]",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same video.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(metavar="T", help=r"bf16 or fp32.  \[default: bf16, on CPU fp32]")
@@ -238,9 +267,12 @@ def generate_command(
         raise UserError(f"--out={out}: videos are written as .mp4")
     if out.exists() and not overwrite:
         raise UserError(f"--out={out}: exists; choose another name, or replace it with --overwrite")
+    if shift is not None and not 0 < shift < math.inf:
+        raise UserError(f"--shift={shift:g}: must be above 0; 1 leaves the noise levels as they are")
     if dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--dtype={dtype}: must be bf16 or fp32")
     where = find_encoders(weights.check_folder(source), encoders)
+    shift = find_shift(source) if shift is None else shift
     if tp * cp > 1 and not launched():
         raise typer.Exit(launch.spawn(tp * cp, launch.command_without_nproc()))
     with _mesh(tp, cp) as mesh:

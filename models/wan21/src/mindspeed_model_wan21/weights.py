@@ -180,7 +180,7 @@ def complete_hub(config: Wan21Config, folder: Path) -> None:
                 "num_train_timesteps": 1000,
                 "prediction_type": "flow_prediction",
                 "use_flow_sigmas": True,
-                "flow_shift": 5.0,
+                "flow_shift": config.shift,
             },
         )
     kind = "WanImageToVideoPipeline" if config.image_dim else "WanPipeline"
