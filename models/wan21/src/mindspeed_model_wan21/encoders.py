@@ -25,12 +25,13 @@ NEEDED = ("vae", "text_encoder", "tokenizer")
 IMAGE = "image_encoder"
 
 _SAMPLE = 64 * 2**10
-_CLIP: dict[str, Any] = {
+CLIP_PIXELS: dict[str, Any] = {
     "size": {"shortest_edge": 224},
     "crop_size": {"height": 224, "width": 224},
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+"""What CLIP sees of an image, as its processor's configuration says it."""
 
 
 class Encoders:
@@ -166,8 +167,8 @@ class Encoders:
         for part in ("image_processor", IMAGE):
             path = self.folder / part / "preprocessor_config.json"
             if path.is_file():
-                return {**_CLIP, **read_json(path)}
-        return _CLIP
+                return {**CLIP_PIXELS, **read_json(path)}
+        return CLIP_PIXELS
 
     def _latents(self, video: Tensor) -> Tensor:
         mean, scale = self._statistics

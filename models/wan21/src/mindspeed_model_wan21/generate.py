@@ -122,7 +122,7 @@ def load_network(source: Path, model: Model, mesh: Mesh, dtype: torch.dtype) -> 
 
 
 def places(source: Path) -> list[Path]:
-    """Return the folders that may hold what belongs to weights: theirs and the one above, or those of a run's recipe."""
+    """Return the folders that may hold what goes with weights: theirs and the one above, or those of a run's recipe."""
     if not checkpoint.is_checkpoint(source):
         return [source, source.absolute().parent]
     recipe = checkpoint.read_info(checkpoint.locate(source))["recipe"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mindspeed_model_core.tensorfile import write_json
 from torch import Tensor, nn
 
+from .auxiliary import write_processor
 from .encoders import Encoders
 
 TEXT_WIDTH = 32
@@ -62,7 +62,7 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
             )
         )
         _randomise(clip, 3, gain=1.0).save_pretrained(folder / "image_encoder")
-        _write_processor(folder / "image_processor")
+        write_processor(folder, _IMAGE_SIZE)
     return folder
 
 
@@ -120,22 +120,3 @@ def _letters() -> Any:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -2.0)]
     pieces += [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
-
-
-def _write_processor(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": _IMAGE_SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "do_convert_rgb": True,
-    }
-    write_json(folder / "preprocessor_config.json", settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +189,11 @@ def complete_hub(config: Wan21Config, folder: Path) -> None:
         write_json(folder / "model_index.json", index)
 
 
-def _from_release(origin: Path, folder: Path) -> None:
-    """Translate the frozen parts of an original release, where it has them."""
-    from .auxiliary import TEXT_ORIGINAL, VAE_ORIGINAL, translate
+def _from_release(config: Wan21Config, origin: Path) -> Callable[[Path], None] | None:
+    """Plan the translation of an original release's frozen parts, if it has them."""
+    from .auxiliary import translate
 
-    if VAE_ORIGINAL.detect(origin) and TEXT_ORIGINAL.detect(origin) and not (folder / "vae").exists():
-        translate(origin, folder)
+    return translate(origin, image=config.image_dim is not None)
 
 
 HUB = Layout(
@@ -273,13 +272,11 @@ def write_original_config(config: Wan21Config, folder: Path, dtype: torch.dtype)
     )
 
 
-def _as_release(origin: Path, folder: Path) -> None:
-    """Translate the frozen parts of a folder in diffusers' layout, where it has them."""
-    from .auxiliary import has_frozen, restore
-    from .encoders import has_encoders
+def _as_release(config: Wan21Config, origin: Path) -> Callable[[Path], None] | None:
+    """Plan the translation of the frozen parts of a folder in diffusers' layout, if it has them."""
+    from .auxiliary import restore
 
-    if has_encoders(origin) and not has_frozen(folder):
-        restore(origin, folder)
+    return restore(origin, image=config.image_dim is not None)
 
 
 ORIGINAL = Layout(
