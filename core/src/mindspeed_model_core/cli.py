@@ -270,7 +270,9 @@ def app(model: Model) -> typer.Typer:
         ] = None,
         merge_lora: Annotated[
             Path | None,
-            typer.Option(metavar="ADAPTERS", help="Add these to the weights: a folder of adapters, or a run of them."),
+            typer.Option(
+                metavar="ADAPTERS", help="Add these to the weights: a folder or a file of adapters, or a run."
+            ),
         ] = None,
         ema: Annotated[
             bool, typer.Option("--ema", help="Take the run's moving average (optim.ema) in place of its weights.")
