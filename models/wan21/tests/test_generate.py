@@ -15,11 +15,12 @@ from mindspeed_model_core.data.media import probe, read_frames
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.parallel.mesh import open_mesh
 from mindspeed_model_core.recipe import ParallelConfig
+from mindspeed_model_core.sampling import load_network
 from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_wan21 import MODEL
 from mindspeed_model_wan21.encoders import Encoders
-from mindspeed_model_wan21.generate import Sampling, find_shift, generate_command, load_network, sample
+from mindspeed_model_wan21.generate import Sampling, find_shift, generate_command, sample
 from mindspeed_model_wan21.tiny import IMAGE_TOKENS, write_tiny_encoders
 from PIL import Image
 from torch import Tensor

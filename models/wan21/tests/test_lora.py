@@ -16,6 +16,8 @@ from mindspeed_model_wan21.task import Wan21Recipe
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .random_features import write_features
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
@@ -59,18 +61,6 @@ def theirs(pipe: Any) -> Tensor:
         return pipe.transformer(b["x"], b["time"], b["text"], return_dict=False)[0]
 
 
-def features(folder: Path) -> Path:
-    from mindspeed_model_core.data.features import FeatureWriter, write_index
-
-    draw = torch.Generator().manual_seed(1)
-    with FeatureWriter(folder) as writer:
-        for number in range(2):
-            tensors = {"latents": torch.randn(16, 2, 4, 6, generator=draw), "text": torch.randn(5, 32, generator=draw)}
-            writer.add(f"{number:08d}-clip", tensors)
-    write_index(folder, {"conditioning": "none"})
-    return folder
-
-
 @pytest.mark.parity
 def test_ours_load_in_diffusers_and_merge(hub: Path, tmp_path: Path) -> None:
     """A run's adapters through WanPipeline.load_lora_weights, and merged by convert, compute the same."""
@@ -80,7 +70,7 @@ def test_ours_load_in_diffusers_and_merge(hub: Path, tmp_path: Path) -> None:
         steps=3,
         global_batch=2,
         init_from=str(hub),
-        data={"path": str(features(tmp_path / "features"))},  # type: ignore[arg-type]
+        data={"path": str(write_features(tmp_path / "features", MODEL.presets["tiny-t2v"], [(2, 4, 6)] * 2))},  # type: ignore[arg-type]
         lora={"rank": 3, "alpha": 6.0},  # type: ignore[arg-type]
         optim={"lr": 0.05, "schedule": "constant"},  # type: ignore[arg-type]
         metrics={"trackers": ()},  # type: ignore[arg-type]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from mindspeed_model_core.showcase import letters, settle
 from torch import Tensor, nn
 
 from .auxiliary import write_processor
@@ -32,9 +31,9 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
 
     folder = Path(folder)
     vae = AutoencoderKLWan(base_dim=8, z_dim=LATENTS, num_res_blocks=1)
-    _randomise(vae, 1, gain=1.0).save_pretrained(folder / "vae")
+    settle(vae, 1).save_pretrained(folder / "vae")
 
-    tokenizer = _letters()
+    tokenizer = letters()
     tokenizer.save_pretrained(folder / "tokenizer")
     text = UMT5EncoderModel(
         UMT5Config(
@@ -48,7 +47,7 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
             dropout_rate=0.0,
         )
     )
-    _randomise(text, 2, gain=1.0).save_pretrained(folder / "text_encoder")
+    settle(text, 2).save_pretrained(folder / "text_encoder")
     if image:
         clip = CLIPVisionModel(
             CLIPVisionConfig(
@@ -61,7 +60,7 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
                 hidden_act="gelu",
             )
         )
-        _randomise(clip, 3, gain=1.0).save_pretrained(folder / "image_encoder")
+        settle(clip, 3).save_pretrained(folder / "image_encoder")
         write_processor(folder, _IMAGE_SIZE)
     return folder
 
@@ -97,26 +96,3 @@ def train_tiny_vae(folder: str | Path, clips: Sequence[Tensor], steps: int = 200
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).clamp_min(1e-3).tolist())
     vae.save_pretrained(Path(folder) / "vae")
     return -10 * math.log10(float(torch.stack(errors).mean()) / 4)
-
-
-def _randomise(model: nn.Module, seed: int, gain: float) -> Any:
-    """Give every parameter a value that depends on no version's initialisation and keeps activations near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() < 2 or "gamma" in name:
-                scale = name.endswith(("weight", "gamma"))
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1 + (1.0 if scale else 0.0))
-            else:
-                inputs = 1 if "embed" in name or "relative" in name else weight[0].numel()
-                weight.copy_(torch.randn(weight.shape, generator=generator) * gain / math.sqrt(inputs))
-    return model.eval()
-
-
-def _letters() -> Any:
-    """Return a T5 tokenizer whose words are the printable characters: pad 0, end 1, unknown 2."""
-    from transformers import T5Tokenizer
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -2.0)]
-    pieces += [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
-    return T5Tokenizer(vocab=pieces, extra_ids=0)
