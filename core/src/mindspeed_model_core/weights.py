@@ -527,9 +527,8 @@ def _find_extras(places: Iterable[str | Path | None], layout: Layout, config: An
         try:
             step = layout.companions(config, origin)
         except UserError as error:
-            raise UserError(
-                f"{error}; --extras-from names another folder to take it from, an empty one: none"
-            ) from None
+            hint = "--extras-from names another folder that has them, or an empty one to go without"
+            raise UserError(f"{error}; {hint}") from None
         if step is not None:
             found = True
             yield step
