@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .tensorfile import read_json
 
 _SAMPLE = 64 * 2**10
 
@@ -86,3 +88,63 @@ def signed(pixels: Tensor, device: torch.device) -> Tensor:
 def unsigned(pixels: Tensor) -> Tensor:
     """Return pixels in [-1, 1] as uint8, those beyond at the ends."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ images for CLIP
+
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def clip_settings(size: int = 224) -> dict[str, Any]:
+    """Return what a pipeline's image processor says of itself, for a CLIP that sees squares of ``size`` pixels."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+class ClipProcessor:
+    """What transformers' CLIPImageProcessor does, with Pillow alone: its own needs torchvision.
+
+    Settings are those of the first folder with a preprocessor_config.json, else the published ones.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        files = [folder / PREPROCESSOR for folder in folders if (folder / PREPROCESSOR).is_file()]
+        self.settings = {**clip_settings(), **(read_json(files[0]) if files else {})}
+
+    def __call__(self, images: Any, return_tensors: str = "pt") -> Any:
+        """Return the pixels of a PIL image or a list of them, as diffusers' pipelines ask for them."""
+        from transformers import BatchFeature
+
+        images = images if isinstance(images, list) else [images]
+        frames = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+        return BatchFeature({"pixel_values": torch.stack([self.pixels(frame) for frame in frames])})
+
+    def pixels(self, frame: Tensor) -> Tensor:
+        """Return what CLIP sees of a uint8 image ``[3, H, W]``: resized, cropped and normalised, on the host."""
+        from PIL import Image
+
+        image = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()))
+        size, crop = self.settings["size"], self.settings["crop_size"]
+        if "shortest_edge" in size:
+            short = min(image.size)
+            wanted = tuple(size["shortest_edge"] * side // short for side in image.size)
+        else:
+            wanted = size["width"], size["height"]
+        image = image.resize(wanted, Image.Resampling.BICUBIC)
+        left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
+        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(self.settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+        return (pixels - mean) / std

@@ -23,6 +23,8 @@ from .recipe import Section, validate
 from .tensorfile import Spec, TorchFile, read_json, write_json
 from .weights import Opened, check, read, whole
 
+VERSION = "0.35.0"
+"""The version of diffusers whose files are written."""
 SHARD_BYTES = 5_000_000_000
 """The largest file a part is written in."""
 
@@ -43,14 +45,14 @@ class PartConfig(Section):
 
 
 class Sizes:
-    """The sizes of a file's tensors, from which a part's configuration follows where the layout states none."""
+    """The sizes of the tensors at ``path``, from which a configuration follows where the layout states none."""
 
-    def __init__(self, folder: Path, files: TorchFile) -> None:
-        self.path, self._tensors = folder / files.name, files.open(folder)
-        self._names = set(self._tensors.names())
+    def __init__(self, path: Path, tensors: Source) -> None:
+        self.path, self._tensors = path, tensors
+        self._names = set(tensors.names())
 
     def __call__(self, name: str, dim: int) -> int:
-        """Return a tensor's size along ``dim``; UserError if the file lacks it."""
+        """Return a tensor's size along ``dim``; UserError if it is missing."""
         self.need(name)
         shape = self._tensors.shape(name)
         if dim >= len(shape):
@@ -61,7 +63,7 @@ class Sizes:
         return name in self._names
 
     def need(self, name: str) -> None:
-        """Raise UserError if the file lacks a tensor."""
+        """Raise UserError if a tensor is missing."""
         if name not in self._names:
             raise UserError(f"{self.path}: missing key {name!r}")
 
@@ -93,11 +95,7 @@ def hub_part(
     def read_config(folder: Path) -> PartConfig:
         path = folder / name / "config.json"
         raw = read_json(path)
-        for key, value in kind.fixed.items():
-            if raw.get(key, value) != value:
-                raise UserError(
-                    f"{path}: {key}={_short(raw[key])} is not supported, {kind.whose} has {key}={_short(value)}"
-                )
+        check_fixed(raw, kind.fixed, path, kind.whose)
         return validate(kind, {key: raw[key] for key in kind.model_fields if key in raw}, str(path))
 
     def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -117,9 +115,12 @@ def hub_part(
     )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 48 else f"{text[:45]}..."
+def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any], path: Path, whose: str) -> None:
+    """Raise UserError if a configuration has a setting other than the one all of a model's sizes share."""
+    for key, value in fixed.items():
+        if raw.get(key, value) != value:
+            got, want = (text if len(text) <= 48 else f"{text[:45]}..." for text in (repr(raw[key]), repr(value)))
+            raise UserError(f"{path}: {key}={got} is not supported, {whose} has {key}={want}")
 
 
 def file_part(
@@ -139,6 +140,26 @@ def file_part(
         files=files,
         config_file=files.name,
     )
+
+
+def complete_pipeline(
+    folder: Path, kind: str, parts: Mapping[str, tuple[str, str]], scheduler: Mapping[str, Any]
+) -> None:
+    """Write model_index.json and the scheduler: a folder becomes one of diffusers' pipelines, if its parts are there.
+
+    ``parts`` maps subfolders to library and class; ``scheduler`` are the settings of the one among them, where the
+    folder has none.
+    """
+    if any(not (folder / part).is_dir() for part in parts if part != "scheduler"):
+        return
+    versions = {"_diffusers_version": VERSION}
+    if not (folder / "scheduler").exists():
+        (folder / "scheduler").mkdir()
+        said = {"_class_name": parts["scheduler"][1], **versions, **scheduler}
+        write_json(folder / "scheduler" / "scheduler_config.json", said)
+    if not (folder / "model_index.json").exists():
+        index = {"_class_name": kind, **versions, **{part: list(names) for part, names in parts.items()}}
+        write_json(folder / "model_index.json", index)
 
 
 def parameters(build: Callable[[Any], nn.Module], config: Any) -> list[str]:

@@ -30,8 +30,12 @@ def build(config: DeepConfig) -> nn.Module:
     return nn.ModuleDict({STEM: nn.ModuleList(nn.Linear(config.width, 2 * config.width) for _ in range(config.layers))})
 
 
+def sizes(folder: Path) -> Sizes:
+    return Sizes(folder / FILE.name, FILE.open(folder))
+
+
 def read_file(folder: Path) -> DeepConfig:
-    size = Sizes(folder, FILE)
+    size = sizes(folder)
     return DeepConfig(width=size("net.0.lin.a.weight", 1), layers=size.count("net"))
 
 
@@ -110,9 +114,9 @@ def test_what_is_missing_or_wrong_is_named_before_anything_is_written(release, t
         plan(release, [(ORIGINAL, HUB)], FOLDERS)
     torch.save({"net.0.bias": torch.ones(6)}, release / "deep.pth")
     with pytest.raises(UserError, match=r"deep.pth: missing key 'net.0.lin.a.weight'"):
-        Sizes(release, FILE).need("net.0.lin.a.weight")
+        sizes(release).need("net.0.lin.a.weight")
     with pytest.raises(UserError, match=r"0.bias: has shape \[6\], expected at least 2 dims"):
-        Sizes(release, FILE)("net.0.bias", 1)
+        sizes(release)("net.0.bias", 1)
 
 
 def test_a_network_s_companions_are_planned_before_it_is_written(release, tmp_path):

@@ -10,17 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings
 from mindspeed_model_core.layout import Cat, Layout, Reshape, Row, Same, Table
 from mindspeed_model_core.recipe import validate
 from mindspeed_model_core.tensorfile import Reader, Safetensors, TorchFile, write_json
-from mindspeed_model_core.translation import PartConfig, Plan, Sizes, file_part, hub_part, parameters, plan
+from mindspeed_model_core.translation import VERSION, PartConfig, Plan, Sizes, file_part, hub_part, parameters, plan
 from pydantic import PositiveInt
 from torch import nn
-
-from .encoders import CLIP_PIXELS
-
-_DIFFUSERS = "0.35.0"
-
 
 # ------------------------------------------------------------------------------------------------ VAE
 
@@ -103,7 +99,7 @@ def _vae_rows(config: VaeConfig) -> Iterator[Row]:
 
 def read_original_vae(folder: Path) -> VaeConfig:
     """Derive the VAE's sizes from the tensors of ``Wan2.1_VAE.pth``; UserError names a key it lacks."""
-    size = Sizes(folder, _VAE_FILE)
+    size = Sizes(folder / _VAE_FILE.name, _VAE_FILE.open(folder))
     stem = "encoder.downsamples"
     down = [i for i in range(size.count(stem)) if f"{stem}.{i}.resample.1.weight" in size]
     if not down:
@@ -130,7 +126,7 @@ VAE_HUB = hub_part(
     "vae",
     lambda config: {
         "_class_name": "AutoencoderKLWan",
-        "_diffusers_version": _DIFFUSERS,
+        "_diffusers_version": VERSION,
         "scale_factor_temporal": 2 ** sum(config.temperal_downsample),
         "scale_factor_spatial": 2 ** len(config.temperal_downsample),
     },
@@ -186,7 +182,7 @@ def _build_text(config: TextConfig) -> nn.Module:
 
 def read_original_text(folder: Path) -> TextConfig:
     """Derive UMT5's sizes from the tensors of the release's file; the relative bias tells the number of heads."""
-    size = Sizes(folder, _TEXT_FILE)
+    size = Sizes(folder / _TEXT_FILE.name, _TEXT_FILE.open(folder))
     heads = size("blocks.0.pos_embedding.embedding.weight", 1)
     return validate(
         TextConfig,
@@ -330,7 +326,7 @@ def _image_original_table(config: ImageConfig) -> Table:
 
 def read_original_image(folder: Path) -> ImageConfig:
     """Derive the vision tower's sizes from the release's file, but for the width of a head, which all have at 80."""
-    size = Sizes(folder, _IMAGE_FILE)
+    size = Sizes(folder / _IMAGE_FILE.name, _IMAGE_FILE.open(folder))
     width, patch = size("visual.cls_embedding", 2), size("visual.patch_embedding.weight", 2)
     if width % _HEAD_DIM:
         rule = f"heads of {_HEAD_DIM} as CLIP ViT-H/14's are"
@@ -347,27 +343,6 @@ def read_original_image(folder: Path) -> ImageConfig:
             **({"projection_dim": size("visual.head", 1)} if "visual.head" in size else {}),
         },
         str(size.path),
-    )
-
-
-def write_processor(folder: Path, size: int) -> None:
-    """Write ``image_processor/`` of a pipeline whose CLIP sees images of ``size`` pixels."""
-    (folder / "image_processor").mkdir(parents=True)
-    write_json(
-        folder / "image_processor" / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "resample": 3,
-            "do_center_crop": True,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            **CLIP_PIXELS,
-            "size": {"shortest_edge": size},
-            "crop_size": {"height": size, "width": size},
-        },
     )
 
 
@@ -389,7 +364,8 @@ _IMAGE_PART = hub_part(
 
 def _write_image(config: ImageConfig, folder: Path, dtype: torch.dtype) -> None:
     _IMAGE_PART.write_config(config, folder, dtype)
-    write_processor(folder, config.image_size)
+    (folder / "image_processor").mkdir()
+    write_json(folder / "image_processor" / PREPROCESSOR, clip_settings(config.image_size))
 
 
 IMAGE_HUB = replace(_IMAGE_PART, write_config=_write_image)

@@ -9,12 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mindspeed_model_core import frozen
 from mindspeed_model_core.data import load_tokenizer
-from mindspeed_model_core.frozen import FrozenParts, signed, unsigned
-from mindspeed_model_core.tensorfile import read_json
+from mindspeed_model_core.frozen import ClipProcessor, FrozenParts, signed, unsigned
 from mindspeed_model_core.trunk import Batch
 from torch import Tensor
 
@@ -23,14 +21,6 @@ TEXT_LENGTH = 512
 
 NEEDED = ("vae", "text_encoder", "tokenizer")
 IMAGE = "image_encoder"
-
-CLIP_PIXELS: dict[str, Any] = {
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-"""What CLIP sees of an image, as its processor's configuration says it."""
 
 
 class Encoders(FrozenParts):
@@ -152,20 +142,14 @@ class Encoders(FrozenParts):
     @torch.no_grad()
     def image(self, frames: Tensor) -> Tensor:
         """Return CLIP's states before its last block, ``[B, tokens, width]``, of uint8 images ``[B, 3, H, W]``."""
-        pixels = self.clip_pixels(frames).to(self.device, self.image_encoder.dtype)
+        pixels = torch.stack([self.image_processor.pixels(frame) for frame in frames])
+        pixels = pixels.to(self.device, self.image_encoder.dtype)
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
-    def clip_pixels(self, frames: Tensor) -> Tensor:
-        """Return what CLIP sees of uint8 images ``[B, 3, H, W]``: resized, cropped and normalised, on the host."""
-        return torch.stack([_for_clip(frame, self._clip_settings) for frame in frames])
-
     @cached_property
-    def _clip_settings(self) -> dict[str, Any]:
-        for part in ("image_processor", IMAGE):
-            path = self.folder / part / "preprocessor_config.json"
-            if path.is_file():
-                return {**CLIP_PIXELS, **read_json(path)}
-        return CLIP_PIXELS
+    def image_processor(self) -> ClipProcessor:
+        """Return what makes CLIP's input of images."""
+        return ClipProcessor(self.folder / "image_processor", self.folder / IMAGE)
 
     def _latents(self, video: Tensor) -> Tensor:
         mean, scale = self._statistics
@@ -193,22 +177,3 @@ def clean(prompt: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
     return re.sub(r"\s+", " ", text).strip()
-
-
-def _for_clip(frame: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Resize, crop and normalise one image as CLIPImageProcessor does, with Pillow alone."""
-    from PIL import Image
-
-    image = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()))
-    size, crop = settings["size"], settings["crop_size"]
-    if "shortest_edge" in size:
-        short = min(image.size)
-        wanted = tuple(size["shortest_edge"] * side // short for side in image.size)
-    else:
-        wanted = size["width"], size["height"]
-    image = image.resize(wanted, Image.Resampling.BICUBIC)
-    left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
-    image = image.crop((left, top, left + crop["width"], top + crop["height"]))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
-    return (pixels - mean) / std

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from mindspeed_model_core import launch, weights
@@ -64,21 +63,6 @@ class Transformer(Denoiser):
         return (self.net(batch),)  # type: ignore[return-value]
 
 
-class ImageProcessor:
-    """Makes CLIP's input as diffusers' pipelines ask for it; transformers' own would need torchvision."""
-
-    def __init__(self, encoders: Encoders) -> None:
-        self.encoders = encoders
-
-    def __call__(self, images: Any, return_tensors: str = "pt") -> Any:
-        """Return the pixels of a PIL image or a list of them."""
-        from transformers import BatchFeature
-
-        images = images if isinstance(images, list) else [images]
-        frames = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
-        return BatchFeature({"pixel_values": torch.cat([self.encoders.clip_pixels(f[None]) for f in frames])})
-
-
 @dataclass(frozen=True)
 class Sampling:
     """What to sample: ``height`` and ``width`` in pixels, ``frames`` 4n + 1; ``image`` and ``last_image`` are files.
@@ -124,7 +108,7 @@ def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
         vae=encoders.vae,
         scheduler=scheduler,
         transformer=Transformer(net),
-        **({"image_encoder": encoders.image_encoder, "image_processor": ImageProcessor(encoders)} if given else {}),
+        **({"image_encoder": encoders.image_encoder, "image_processor": encoders.image_processor} if given else {}),
     )
     pipeline.set_progress_bar_config(disable=not launch.first_rank(), desc="sampling")
     # Drawn on the host, so that a seed means the same video on every device and under every layout.

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings
 from mindspeed_model_core.showcase import letters, settle
+from mindspeed_model_core.tensorfile import write_json
 from torch import Tensor, nn
 
-from .auxiliary import write_processor
 from .encoders import Encoders
 
 TEXT_WIDTH = 32
@@ -61,7 +62,8 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
             )
         )
         settle(clip, 3).save_pretrained(folder / "image_encoder")
-        write_processor(folder, _IMAGE_SIZE)
+        (folder / "image_processor").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "image_processor" / PREPROCESSOR, clip_settings(_IMAGE_SIZE))
     return folder
 
 
