@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 FORMATS = (PEFT, DIFFUSERS)
 _METADATA = "lora_adapter_metadata"
+# The ends of keys: peft's and diffusers', and those of trainers for the original releases.
+_ENDS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight"))
+_LEAVES = (*_ENDS[0], *_ENDS[1], "alpha")
+# What precedes the original layers' names, in the latter case with underscores for dots.
+_BARE, _FLAT = "diffusion_model.", "lora_unet_"
 # What peft can do to a layer beside adding B A x, and the value that leaves it out.
 _PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
 
@@ -96,16 +101,21 @@ def _lora_of(info: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def open_adapters(source: str | Path, model: Model, config: Any, *, ema: bool = False) -> Adapters:
-    """Open a peft or diffusers folder, or a run of adapters, reading no factors.
+    """Open a peft or diffusers folder, a file of adapters alone, or a run of adapters, reading no factors.
 
+    A file's keys may also be those of the original release's layers, behind ``diffusion_model.`` or ``lora_unet_``.
     UserError for an adapter of another model or kind, a key that is missing or unknown, or a shape that does not fit.
     """
-    path = weights.check_folder(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        form = next((form for form in FORMATS if form.file == path.name), DIFFUSERS)
+        return _open_file(path, path, form, model, config)
+    path = weights.check_folder(path)
     if checkpoint.is_checkpoint(path):
         return _open_run(path, model, config, ema)
     for form in FORMATS:
         if form.detect(path):
-            return _open_folder(path, form, model, config)
+            return _open_file(path, path / form.file, form, model, config)
     held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     known = " or ".join(form.file for form in FORMATS)
     raise UserError(f"{path}: no adapter here; it would hold {known}, or be a run of adapters; found: {held}")
@@ -143,33 +153,38 @@ def _open_run(path: Path, model: Model, config: Any, ema: bool) -> Adapters:
     return Adapters(path, pairs, sizes, lambda name, index: f"{name}.{lora.CHILD}.a")
 
 
-def _open_folder(path: Path, form: AdapterFormat, model: Model, config: Any) -> Adapters:
-    layout = _adapted_layout(model)
-    file = path / form.file
-    reader = Reader({name: ([slot], 0) for name, slot in open_safetensors(file).items()})
-    said = _Said.of(path, form)
+def _open_file(path: Path, file: Path, form: AdapterFormat, model: Model, config: Any) -> Adapters:
     shapes, _ = weights.whole(model.build, config)
-    bounds = layout.table(config).bind(shapes)
-    where = {
-        part.name.removesuffix(".weight"): (name.removesuffix(".weight"), index)
-        for name, bound in bounds.items()
-        for index, part in enumerate(bound.parts)
-        if len(bound.shape) == 2
-    }
-    modules: dict[str, str] = {}
+    adapted = _adapted_layout(model)
+    reader = Reader({name: ([slot], 0) for name, slot in open_safetensors(file).items()})
+    said = _Said.of(file, form)
+    keys: dict[str, dict[str, str]] = {}
     for key in reader.names():
-        match = re.fullmatch(rf"(?:{re.escape(form.prefix)})?(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", key)
-        if match is None or match[1] not in where:
-            known = [f"{form.prefix}{module}.lora_A.weight" for module in where]
-            raise UserError(f"{file}: unknown key {key!r}: {model.name} has no such linear layer{nearest(key, known)}")
-        modules[match[1]] = key.removesuffix(match[2])
-    if not modules:
+        stem, leaf = _split(key)
+        keys.setdefault(stem, {})[leaf] = key
+    if not keys:
         raise UserError(f"{file}: holds no adapter")
+    # The layers' names are those of one of the model's layouts, that which knows most of them.
+    layouts = sorted(model.layouts, key=lambda each: each is not adapted)
+    tables = [layout.table(config).bind(shapes) for layout in layouts]
+    bounds, where = min(
+        ((bounds, _modules(bounds, form)) for bounds in tables), key=lambda each: len(keys.keys() - each[1].keys())
+    )
+    for stem in sorted(keys.keys() - where.keys()):
+        leaf, key = next(iter(keys[stem].items()))
+        raise UserError(
+            f"{file}: unknown key {key!r}: {model.name} has no such linear layer"
+            f"{nearest(key, [f'{spelled}.{leaf}' for spelled in where])}; read are keys in peft's, diffusers' and the "
+            f"original layers' names, the latter after {_BARE} or {_FLAT}"
+        )
     found: dict[str, list[Pair | None]] = {}
-    for module, start in modules.items():
-        name, index = where[module]
+    for stem, leaves in keys.items():
+        name, index, module = where[stem]
         bound = bounds[f"{name}.weight"]
-        found.setdefault(name, [None] * len(bound.parts))[index] = _pair(reader, start, module, bound, index, said)
+        pairs = found.setdefault(name, [None] * len(bound.parts))
+        if pairs[index] is not None:
+            raise UserError(f"{file}: {stem}: another key adapts the same layer, {module}")
+        pairs[index] = _pair(reader, stem, leaves, module, bound, index, said)
     return Adapters(
         path,
         {name: tuple(pairs) for name, pairs in found.items()},
@@ -178,11 +193,33 @@ def _open_folder(path: Path, form: AdapterFormat, model: Model, config: Any) -> 
     )
 
 
-def _pair(reader: Reader, start: str, module: str, bound: Bound, index: int, said: _Said) -> Pair:
+def _split(key: str) -> tuple[str, str]:
+    """Return the layer a key names, and what of it: one of _LEAVES, or anything."""
+    for leaf in _LEAVES:
+        if key.endswith(f".{leaf}"):
+            return key.removesuffix(f".{leaf}"), leaf
+    return key, ""
+
+
+def _modules(bounds: Mapping[str, Bound], form: AdapterFormat) -> dict[str, tuple[str, int, str]]:
+    """Return our Linear, the place of the projection in it, and the layer's own name, by all that files call it."""
+    out = {}
+    for name, bound in bounds.items():
+        for index, part in enumerate(bound.parts if len(bound.shape) == 2 else ()):
+            module = part.name.removesuffix(".weight")
+            for spelled in (f"{form.prefix}{module}", module, f"{_BARE}{module}", _FLAT + module.replace(".", "_")):
+                out[spelled] = name.removesuffix(".weight"), index, module
+    return out
+
+
+def _pair(
+    reader: Reader, stem: str, leaves: Mapping[str, str], module: str, bound: Bound, index: int, said: _Said
+) -> Pair:
     """Return the pair of one module after seeing that its shapes are the projection's."""
     _check_rows(bound)
     part = bound.parts[index]
-    keys = [f"{start}lora_{x}.weight" for x in "AB"]
+    ends = _ENDS[1] if leaves.keys() & set(_ENDS[1]) else _ENDS[0]
+    keys = [f"{stem}.{leaf}" for leaf in ends]
     for key in keys:
         if key not in reader.slots:
             raise UserError(f"{said.path}: missing key {key!r}")
@@ -190,7 +227,7 @@ def _pair(reader: Reader, start: str, module: str, bound: Bound, index: int, sai
     for key, want in zip(keys, ((rank, part.shape[1]), (part.shape[0], rank)), strict=True):
         if reader.shape(key) != want:
             raise UserError(f"{said.path}: {key}: has shape {list(reader.shape(key))}, expected {list(want)}")
-    alpha = float(reader.read(f"{start}alpha")) if f"{start}alpha" in reader.slots else said.alpha(module, rank)
+    alpha = float(reader.read(leaves["alpha"])) if "alpha" in leaves else said.alpha(module, rank)
     scale = alpha / (math.sqrt(rank) if said.values.get("use_rslora") else rank)
     return Pair(rank, scale, lambda: (reader.read(keys[0]), part.op.join(reader.read(keys[1]))))
 
@@ -203,8 +240,7 @@ class _Said:
     values: dict[str, Any]
 
     @classmethod
-    def of(cls, path: Path, form: AdapterFormat) -> _Said:
-        file = path / form.file
+    def of(cls, file: Path, form: AdapterFormat) -> _Said:
         if form.in_file:
             try:
                 raw = json.loads(read_metadata(file).get(_METADATA, "{}"))
@@ -212,7 +248,7 @@ class _Said:
                 raise UserError(f"{file}: {_METADATA}: not valid JSON: {error}") from None
             values = {key.removeprefix(form.prefix): value for key, value in raw.items()}
         else:
-            file = path / ADAPTER_CONFIG
+            file = file.with_name(ADAPTER_CONFIG)
             values = read_json(file)
             for key in ("r", "lora_alpha"):
                 if not isinstance(values.get(key), (int, float)) or values[key] <= 0:

@@ -270,15 +270,24 @@ def app(model: Model) -> typer.Typer:
         ] = None,
         merge_lora: Annotated[
             Path | None,
-            typer.Option(metavar="ADAPTERS", help="Add these to the weights: a folder of adapters, or a run of them."),
+            typer.Option(
+                metavar="ADAPTERS", help="Add these to the weights: a folder or a file of adapters, or a run."
+            ),
         ] = None,
         ema: Annotated[
             bool, typer.Option("--ema", help="Take the run's moving average (optim.ema) in place of its weights.")
         ] = False,
+        extras_from: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR",
+                help=r"What goes with the weights (tokenizer, encoders) is there.  \[default: beside them]",
+            ),
+        ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     ) -> None:
         from .data.tokenizer import FILES, has_tokenizer
-        from .weights import DTYPES, find_layout
+        from .weights import DTYPES, check_folder, find_layout
         from .weights import convert as convert_weights
 
         if dtype is not None and dtype not in DTYPES:
@@ -302,6 +311,7 @@ def app(model: Model) -> typer.Typer:
                 preset=preset,
                 dtype=None if dtype is None else DTYPES[dtype],
                 shards=shards,
+                extras_from=None if extras_from is None else check_folder(extras_from, "--extras-from="),
                 overwrite=overwrite,
                 merge_lora=merge_lora,
                 ema=ema,

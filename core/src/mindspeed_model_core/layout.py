@@ -284,8 +284,9 @@ class Layout:
     the layout cannot carry: they come from the preset that agrees on all others. ``loose`` are fields that leave the
     weights' meaning alone, so a folder may differ in them from the network it is loaded into. ``extra`` makes tensors
     the layout has beside ours; ``extras`` names files and ``parts`` folders copied along from where the weights came
-    from, ``companions`` brings along what must be translated on the way, and ``complete`` writes what describes them
-    all; ``config_file`` is where the configuration is; ``shards`` gives the number of files; ``adapter`` is the form
+    from. ``companions(config, origin)`` plans, before anything is written, what must be translated on the way, and
+    returns what writes it into a folder, or None: nothing. ``complete`` writes what describes them all;
+    ``config_file`` is where the configuration is; ``shards`` gives the number of files; ``adapter`` is the form
     adapters of the layout's modules are published in, if there is one.
     """
 
@@ -302,7 +303,7 @@ class Layout:
     extra: Callable[[Any, torch.dtype], Mapping[str, Tensor]] = lambda config, dtype: {}
     extras: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
-    companions: Callable[[Path, Path], None] = lambda origin, folder: None
+    companions: Callable[[Any, Path], Callable[[Path], None] | None] = lambda config, origin: None
     complete: Callable[[Any, Path], None] = lambda config, folder: None
     config_file: str = "config.json"
     shards: Callable[[Any, int | None], int] = _one

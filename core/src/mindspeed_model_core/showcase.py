@@ -1,20 +1,25 @@
-"""What the models' demonstrations share: numbered headings, commands as a user types them, a folder of their own."""
+"""What the models' demonstrations share: headings, commands as a user types them, a folder of their own, tiny parts."""
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
+import string
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
+from torch import nn
 
 from .errors import UserError
 
+N = TypeVar("N", bound=nn.Module)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -61,3 +66,29 @@ def main(demo: Callable[..., Any]) -> None:
         typer.run(demo)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+# ------------------------------------------------------------------------------------------------ tiny parts
+
+
+def settle(network: N, seed: int) -> N:
+    """Give a network random weights that depend on no library's version and keep activations near 1; return it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.dim() < 2 or "gamma" in name:
+                scale = name.endswith(("weight", "gamma"))
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1 + (1.0 if scale else 0.0))
+            else:
+                inputs = 1 if "embed" in name or "relative" in name else weight[0].numel()
+                weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(inputs))
+    return network.eval()
+
+
+def letters() -> Any:
+    """Return a T5 tokenizer whose words are the printable characters: pad 0, end 1, unknown 2."""
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -2.0)]
+    pieces += [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)

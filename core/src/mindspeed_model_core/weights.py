@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -350,6 +351,7 @@ def save(
     bounds = layout.table(config).bind(shapes)
     count = layout.shards(config, shards)
     pairs = iter(tensors() if callable(tensors) else tensors)
+    extras = list(_find_extras([extras_from], layout, config))
     with new_folder(Path(destination), overwrite, (layout,)) as folder:
         writer: Writer | None = None
         left = set(bounds)
@@ -378,7 +380,8 @@ def save(
             if writer is not None:
                 writer.close()
         layout.write_config(config, folder, first)
-        _copy_extras(extras_from, layout, folder)
+        for write in extras:
+            write(folder)
         layout.complete(config, folder)
 
 
@@ -404,7 +407,8 @@ def convert(
     bytes; our own (fused) form is made only where the two cut a parameter differently. ``progress(done, total)``
     counts bytes. The folder appears whole or not at all; UserError names the file, key or field that is wrong.
 
-    A run of adapters becomes a folder of adapters. ``merge_lora`` names adapters to add to the weights. ``ema`` takes
+    What goes with the weights (tokenizer, encoders) comes along from beside them, or from ``extras_from``. A run of
+    adapters becomes a folder of adapters. ``merge_lora`` names adapters to add to the weights. ``ema`` takes
     the moving average of the run that is the source, or of the adapters that are merged.
     """
     from . import adapters
@@ -434,6 +438,8 @@ def convert(
         if not alike:
             names = [part.name for part in goal.parts]
             jobs.append(_Job(sum(specs[n].nbytes for n in names), names, bound, goal, change))
+    places = [opened.path, find_tokenizer(opened.path), *opened.origins] if extras_from is None else [extras_from]
+    extras = list(_find_extras(places, layout, opened.config))
     common = max(specs.values(), key=lambda spec: spec.nbytes).dtype
     count = layout.shards(opened.config, shards)
     extra = layout.extra(opened.config, common)
@@ -454,9 +460,8 @@ def convert(
             pool.shutdown(wait=True, cancel_futures=True)
             writer.close()
         layout.write_config(opened.config, folder, common)
-        places = [opened.path, find_tokenizer(opened.path), *opened.origins] if extras_from is None else [extras_from]
-        for place in places:
-            _copy_extras(place, layout, folder)
+        for write in extras:
+            write(folder)
         layout.complete(opened.config, folder)
 
 
@@ -503,17 +508,39 @@ def _create(
     return writer
 
 
-def _copy_extras(origin: str | Path | None, layout: Layout, folder: Path) -> None:
-    if origin is None:
-        return
-    origin = Path(origin).parent if Path(origin).is_file() else Path(origin)
+def _find_extras(places: Iterable[str | Path | None], layout: Layout, config: Any) -> Iterator[Callable[[Path], None]]:
+    """Yield what writes into a folder all that goes with weights and is in these places, the first ones first.
+
+    Where a place holds none of it as the layout has it, but in another layout, it is translated. UserError if that
+    cannot be done.
+    """
+    found = False
+    for place in places:
+        if place is None:
+            continue
+        origin = Path(place).expanduser()
+        origin = origin.parent if origin.is_file() else origin
+        yield partial(_copy_extras, origin, layout)
+        found = found or any((origin / name).exists() for name in (*layout.extras, *layout.parts))
+        if found:
+            continue
+        try:
+            step = layout.companions(config, origin)
+        except UserError as error:
+            hint = "--extras-from names another folder that has them, or an empty one to go without"
+            raise UserError(f"{error}; {hint}") from None
+        if step is not None:
+            found = True
+            yield step
+
+
+def _copy_extras(origin: Path, layout: Layout, folder: Path) -> None:
     for name in layout.extras:
         if (origin / name).is_file() and not (folder / name).exists():
             shutil.copyfile(origin / name, folder / name)
     for part in layout.parts:
         if (origin / part).is_dir() and not (folder / part).exists():
             shutil.copytree(origin / part, folder / part)
-    layout.companions(origin, folder)
 
 
 @contextmanager

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from mindspeed_model_core import translation, weights
+from mindspeed_model_core.cli import app
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.layout import Layout
 from mindspeed_model_core.tensorfile import TorchFile
+from mindspeed_model_core.testing.suite import open_net
 from mindspeed_model_core.weights import on_meta, whole
-from mindspeed_model_wan21 import auxiliary
+from mindspeed_model_wan21 import MODEL, auxiliary
 from mindspeed_model_wan21.auxiliary import (
     IMAGE_HUB,
     IMAGE_ORIGINAL,
@@ -26,15 +29,13 @@ from mindspeed_model_wan21.auxiliary import (
     ImageConfig,
     TextConfig,
     VaeConfig,
-    has_frozen,
-    restore,
-    translate,
 )
 from mindspeed_model_wan21.config import Wan21Config
 from mindspeed_model_wan21.tiny import write_tiny_encoders
-from mindspeed_model_wan21.weights import complete_hub
+from mindspeed_model_wan21.weights import HUB, complete_hub
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 VAE, TEXT, IMAGE = (layout.name for layout in (VAE_ORIGINAL, TEXT_ORIGINAL, IMAGE_ORIGINAL))
 TOKENIZER = "google/umt5-xxl"
@@ -188,6 +189,18 @@ def hub(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
     translate(release, folder)
     return folder
+
+
+def translate(source: Path, folder: Path, **options: Any) -> None:
+    planned = auxiliary.translate(source, image=(source / IMAGE).exists())
+    assert planned is not None
+    planned(folder, **options)
+
+
+def restore(source: Path, folder: Path) -> None:
+    planned = auxiliary.restore(source, image=(source / "image_encoder").exists())
+    assert planned is not None
+    planned(folder)
 
 
 def link(release: Path, folder: Path, *without: str) -> Path:
@@ -453,7 +466,9 @@ def test_a_release_without_clip(release: Path, tmp_path: Path) -> None:
     out.mkdir()
     translate(source, out)
     assert sorted(p.name for p in out.iterdir()) == ["text_encoder", "tokenizer", "vae"]
-    assert has_frozen(source) and not has_frozen(out)
+    with pytest.raises(UserError, match=f"{IMAGE}: missing; the parts beside a network come along whole or not at all"):
+        auxiliary.translate(source, image=True)
+    assert auxiliary.translate(out, image=True) is None and auxiliary.restore(source, image=True) is None
 
 
 def test_progress_counts_every_byte(release: Path, tmp_path: Path) -> None:
@@ -469,7 +484,7 @@ def test_a_large_encoder_is_cut_into_files(
 ) -> None:
     from transformers import UMT5EncoderModel
 
-    monkeypatch.setattr(auxiliary, "_SHARD_BYTES", 10_000)
+    monkeypatch.setattr(translation, "SHARD_BYTES", 10_000)
     translate(release, tmp_path)
     folder = tmp_path / "text_encoder"
     files = sorted(folder.glob("*.safetensors"))
@@ -522,9 +537,9 @@ def truncated(name: str) -> Callable[[Path, Path], None]:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (VAE, lambda release, folder: None, r"Wan2\.1_VAE\.pth: no such file"),
-        (TEXT, lambda release, folder: None, r"models_t5_umt5-xxl-enc-bf16\.pth: no such file"),
-        ("google", lambda release, folder: None, r"google/umt5-xxl: no such folder; it holds UMT5's tokenizer"),
+        (VAE, lambda release, folder: None, r"Wan2\.1_VAE\.pth: missing; the parts"),
+        (TEXT, lambda release, folder: None, r"models_t5_umt5-xxl-enc-bf16\.pth: missing; the parts"),
+        ("google", lambda release, folder: None, r"google/umt5-xxl: missing; the parts"),
         (VAE, truncated(VAE), r"Wan2\.1_VAE\.pth: truncated"),
         (TEXT, truncated(TEXT), r"models_t5_umt5-xxl-enc-bf16\.pth: truncated"),
         (IMAGE, truncated(IMAGE), r"models_clip_[-a-z0-9]*\.pth: truncated"),
@@ -559,22 +574,16 @@ def test_nothing_is_overwritten(release: Path, hub: Path, tmp_path: Path) -> Non
     assert (tmp_path / TEXT).read_bytes() == b"mine"
 
 
-def test_heads_that_the_tensors_do_not_tell(release: Path, tmp_path: Path) -> None:
-    source, out = link(release, tmp_path / "wide", IMAGE), tmp_path / "hub"
-    out.mkdir()
+def test_another_clip_is_refused(release: Path, tmp_path: Path) -> None:
+    """How wide a head is, no tensor tells: all releases have 80."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
+    source = link(release, tmp_path / "wide", IMAGE)
     sizes = dict(hidden_size=24, intermediate_size=8, num_hidden_layers=1, image_size=14, patch_size=7)
     net = random(CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=4)), 0, torch.float32)
     torch.save(original(IMAGE_ORIGINAL, net), source / IMAGE)
     with pytest.raises(UserError, match="width of 24 does not divide into heads of 80"):
-        translate(source, out)
-    with pytest.raises(UserError, match="width of 24 does not divide into 5 heads"):
-        translate(source, out, clip_heads=5)
-    translate(source, out, clip_heads=4)
-    loaded = load(CLIPVisionModel, out / "image_encoder")
-    assert loaded.config.num_attention_heads == 4 and loaded.config.projection_dim == 1024
-    assert equal(dict(loaded.named_parameters()), dict(net.named_parameters()))
+        auxiliary.translate(source, image=True)
 
 
 @pytest.mark.parametrize(
@@ -600,3 +609,59 @@ def test_what_the_release_cannot_say_is_refused(part: str, key: str, value: Any,
     with pytest.raises(UserError, match=f"{part}/config.json: {key}=.* is not supported, Wan2.1 has {key}="):
         restore(source, out)
     assert not list(out.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ with a network
+
+
+def with_network(hub: Path, folder: Path, preset: str, **changes: Any) -> Path:
+    """A folder in diffusers' layout with a network, and the parts of ``hub``."""
+    net = open_net(MODEL, MODEL.presets[preset].model_copy(update=changes))
+    weights.save(net.named_parameters(), net.config, HUB, folder, extras_from=hub)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
+def test_image_to_video_without_clip_is_refused(kind: str, hub: Path, tmp_path: Path) -> None:
+    """Before anything is written; the network alone goes if that is what was asked for."""
+    changes = {"pos_embed_seq_len": 10} if kind == "flf2v" else {}
+    weights.convert(with_network(hub, tmp_path / "hub", "tiny-i2v", **changes), tmp_path / "release", MODEL, "original")
+    (tmp_path / "release" / IMAGE).unlink()
+    begun: list[int] = []
+    with pytest.raises(UserError, match=f"release/{IMAGE}: missing; .*--extras-from") as caught:
+        weights.convert(
+            tmp_path / "release", tmp_path / "back", MODEL, "hub", progress=lambda done, total: begun.append(done)
+        )
+    assert "\n" not in str(caught.value) and not begun and not list(tmp_path.glob("*back*"))
+    (tmp_path / "none").mkdir()
+    weights.convert(tmp_path / "release", tmp_path / "back", MODEL, "hub", extras_from=tmp_path / "none")
+    assert [p.name for p in (tmp_path / "back").iterdir()] == ["transformer"]
+    weights.convert(tmp_path / "release", tmp_path / "whole", MODEL, "hub", extras_from=hub)
+    assert (tmp_path / "whole" / "model_index.json").is_file()
+
+
+def test_text_to_video_takes_no_clip_along(release: Path, hub: Path, tmp_path: Path) -> None:
+    folder = with_network(hub, tmp_path / "hub", "tiny-t2v")
+    weights.convert(folder, tmp_path / "release", MODEL, "original")
+    assert (tmp_path / "release" / VAE).is_file() and not (tmp_path / "release" / IMAGE).exists()
+    weights.convert(tmp_path / "release", tmp_path / "back", MODEL, "hub")
+    assert (tmp_path / "back" / "vae").is_dir() and not (tmp_path / "back" / "image_encoder").exists()
+
+
+def test_a_vae_with_statistics_of_its_own_stays_behind_only_when_asked(hub: Path, tmp_path: Path) -> None:
+    """The release has them in its code: with its VAE's file alone, colours would be wrong and nothing would say so."""
+    folder = with_network(hub, tmp_path / "hub", "tiny-t2v")
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latents_std": [1.0] * 16}))
+    words = ["convert", str(folder), str(tmp_path / "release"), "--layout", "original"]
+    done = CliRunner().invoke(app(MODEL), words)
+    said = " ".join(done.output.split())
+    assert done.exit_code == 2 and "latents_std=[1.0, 1.0" in said and "--extras-from" in said
+    assert not list(tmp_path.glob("*release*"))
+    (tmp_path / "none").mkdir()
+    done = CliRunner().invoke(app(MODEL), [*words, "--extras-from", str(tmp_path / "none")])
+    assert done.exit_code == 0, done.output
+    held = sorted(p.name for p in (tmp_path / "release").iterdir())
+    assert held == ["config.json", "diffusion_pytorch_model.safetensors"]
+    done = CliRunner().invoke(app(MODEL), [*words[:2], str(tmp_path / "other"), *words[3:], "--extras-from", "nowhere"])
+    assert done.exit_code == 2 and "--extras-from=nowhere: no such folder" in " ".join(done.output.split())

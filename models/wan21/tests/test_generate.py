@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import skimage.data
 import torch
 from mindspeed_model_core import weights
+from mindspeed_model_core.cli import app
 from mindspeed_model_core.data.media import probe, read_frames
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.parallel.mesh import open_mesh
 from mindspeed_model_core.recipe import ParallelConfig
+from mindspeed_model_core.sampling import load_network
 from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_wan21 import MODEL
 from mindspeed_model_wan21.encoders import Encoders
-from mindspeed_model_wan21.generate import Sampling, generate_command, load_network, sample
-from mindspeed_model_wan21.tiny import write_tiny_encoders
+from mindspeed_model_wan21.generate import Sampling, find_shift, generate_command, sample
+from mindspeed_model_wan21.tiny import IMAGE_TOKENS, write_tiny_encoders
+from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "frames": 5, "steps": 3, "seed": 4}
 
@@ -29,8 +35,23 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hub(tmp_path_factory.mktemp("wan") / "hub", "tiny-t2v")
 
 
-def write_hub(folder: Path, preset: str, *, image: bool = True) -> Path:
-    net = open_net(MODEL, MODEL.presets[preset])
+GIVEN = {"i2v": ("image",), "flf2v": ("image", "last_image")}
+
+
+@pytest.fixture(scope="module", params=GIVEN)
+def image_hub(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sampling]:
+    """A folder of weights that take a first frame, or a first and a last one, and what to sample with it."""
+    tmp = tmp_path_factory.mktemp(request.param)
+    changes = {"pos_embed_seq_len": 2 * IMAGE_TOKENS} if request.param == "flf2v" else {}
+    given = {}
+    for name, top in zip(GIVEN[request.param], (40, 140), strict=False):
+        given[name] = tmp / f"{name}.png"
+        Image.fromarray(skimage.data.astronaut()[top : top + 32, 200:248]).save(given[name])
+    return write_hub(tmp / "hub", "tiny-i2v", **changes), Sampling("a red square", **SIZE, **given)
+
+
+def write_hub(folder: Path, preset: str, *, image: bool = True, **changes: Any) -> Path:
+    net = open_net(MODEL, MODEL.presets[preset].model_copy(update=changes))
     randomise(net, seed=3)
     encoders = write_tiny_encoders(folder.with_name("encoders"), image=image)
     weights.save(net.named_parameters(), net.config, MODEL.layouts[0], folder, extras_from=encoders)
@@ -45,10 +66,11 @@ def ours(folder: Path, what: Sampling, layout: dict[str, int] | None = None) -> 
 
 def theirs(folder: Path, what: Sampling) -> Tensor:
     """Sample with diffusers alone, from the exported folder."""
-    from diffusers import DiffusionPipeline, WanPipeline
+    from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder)
-    assert isinstance(pipeline, WanPipeline)
+    given = {name: Image.open(file) for name in GIVEN["flf2v"] if (file := getattr(what, name)) is not None}
+    assert isinstance(pipeline, WanImageToVideoPipeline if given else WanPipeline)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         prompt=what.prompt,
@@ -60,6 +82,7 @@ def theirs(folder: Path, what: Sampling) -> Tensor:
         guidance_scale=what.guidance,
         generator=torch.Generator().manual_seed(what.seed),
         output_type="pt",
+        **given,
     ).frames[0]
     return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -70,6 +93,40 @@ def test_samples_what_diffusers_samples(hub: Path) -> None:
     got, want = ours(hub, what), theirs(hub, what)
     assert got.shape == (5, 3, 32, 48) and want.float().std() > 5
     assert (got.int() - want.int()).abs().max() <= 1  # a rounding of the last bit
+
+
+@pytest.mark.parity
+def test_continues_frames_as_diffusers_does(image_hub: tuple[Path, Sampling]) -> None:
+    folder, what = image_hub
+    got, want = ours(folder, what), theirs(folder, what)
+    assert got.shape == (5, 3, 32, 48) and want.float().std() > 5
+    assert (got.int() - want.int()).abs().max() <= 1
+    # What is given matters: exchanged for another picture, it makes another video.
+    other = replace(what, **{GIVEN["flf2v" if what.last_image else "i2v"][-1]: what.image.with_name("other.png")})
+    Image.fromarray(skimage.data.astronaut()[300:332, 100:148]).save(what.image.with_name("other.png"))
+    assert (ours(folder, other).int() - got.int()).abs().max() > 1
+
+
+def test_the_shift_is_that_of_the_folder(hub: Path, image_hub: tuple[Path, Sampling], tmp_path: Path) -> None:
+    """What the release has for its kind is written on export; what a folder says goes before it."""
+    folder, what = image_hub
+    assert find_shift(hub) == find_shift(hub / "transformer") == 5
+    assert find_shift(folder) == (16 if what.last_image else 3) and find_shift(tmp_path) is None
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    scheduler.write_text('{"flow_shift": 7}')
+    for part in ("vae", "text_encoder", "tokenizer", "transformer"):
+        (tmp_path / part).symlink_to(hub / part)
+    words = ["generate", "--prompt", "x", "--height", "32", "--width", "48", "--frames", "5", "--steps", "2"]
+    sampled = {}
+    for name, source, given in (("7", tmp_path, []), ("given", hub, ["--shift", "7"]), ("5", hub, [])):
+        done = CliRunner().invoke(app(MODEL), [*words, str(source), *given, "--out", str(tmp_path / f"{name}.mp4")])
+        assert done.exit_code == 0, done.output
+        sampled[name] = (tmp_path / f"{name}.mp4").read_bytes()
+    assert sampled["7"] == sampled["given"] != sampled["5"]
+    scheduler.write_text('{"flow_shift": "much"}')
+    with pytest.raises(UserError, match="scheduler_config.json: flow_shift='much': expected a number above 0"):
+        find_shift(tmp_path)
 
 
 @pytest.mark.parity
@@ -93,20 +150,32 @@ def test_processes_sample_what_one_does(hub: Path, layout: dict[str, int]) -> No
         assert (got.int() - alone.int()).abs().max() <= 1
 
 
-def test_writes_a_video_of_the_given_frame(tmp_path: Path) -> None:
-    """Image-to-video through the command; another first frame makes another video."""
-    from PIL import Image
+@pytest.mark.dist
+def test_processes_continue_frames_as_one_does(image_hub: tuple[Path, Sampling]) -> None:
+    """Tokens shared out for a first frame, heads for a first and a last one."""
+    folder, what = image_hub
+    alone = ours(folder, what)
+    for got in run_dist(ours, 2, folder, what, {"tp": 2} if what.last_image else {"cp": 2}):
+        assert (got.int() - alone.int()).abs().max() <= 1
 
-    folder = write_hub(tmp_path / "hub", "tiny-i2v")
-    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-        Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
-    options: dict[str, Any] = {"prompt": "a square", "height": 32, "width": 48, "frames": 5, "steps": 2}
-    for name in ("red", "blue"):
-        generate_command(folder, out=tmp_path / f"{name}.mp4", image=tmp_path / f"{name}.png", **options)
-    clip = probe(tmp_path / "red.mp4")
-    assert (clip.width, clip.height, clip.frames) == (48, 32, 5)
-    red, blue = (read_frames(tmp_path / f"{n}.mp4", 5, fps=16.0, size=(32, 48)).float() for n in ("red", "blue"))
-    assert (red - blue).abs().mean() > 1
+
+def test_writes_a_video_of_the_given_frames(image_hub: tuple[Path, Sampling], tmp_path: Path) -> None:
+    """Through the command: the video of a seed, another seed's is another, and a frame too few is named."""
+    folder, what = image_hub
+    given = [("--image", what.image), ("--last-image", what.last_image)]
+    words = ["generate", str(folder), "--prompt", what.prompt, "--height", "32", "--width", "48", "--frames", "5"]
+    words += [str(word) for option, file in given if file is not None for word in (option, file)]
+    videos = []
+    for number in (1, 2):
+        out = tmp_path / f"{number}.mp4"
+        done = CliRunner().invoke(app(MODEL), [*words, "--steps", "2", "--seed", str(number), "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        clip = probe(out)
+        assert (clip.width, clip.height, clip.frames) == (48, 32, 5)
+        videos.append(read_frames(out, 5, fps=16.0, size=(32, 48)).float())
+    assert (videos[0] - videos[1]).abs().mean() > 1
+    few = CliRunner().invoke(app(MODEL), [*words[:-2], "--out", str(tmp_path / "3.mp4")])
+    assert few.exit_code == 2 and f"{words[-2]}: this network makes a video from" in few.output
 
 
 def test_mistakes_are_one_line(hub: Path, tmp_path: Path) -> None:
@@ -116,6 +185,7 @@ def test_mistakes_are_one_line(hub: Path, tmp_path: Path) -> None:
         ({"height": 40}, "--height=40: must be a multiple of 16; try 32"),
         ({"frames": 6}, "--frames=6: must be 4n \\+ 1; try 5"),
         ({"dtype": "fp8"}, "--dtype=fp8"),
+        ({"shift": 0.0}, "--shift=0: must be above 0"),
         ({"out": tmp_path / "a.gif"}, "written as .mp4"),
         ({"encoders": tmp_path}, "no vae/"),
     ]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import lora
-from mindspeed_model_core.data.features import FeatureWriter, write_index
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent, trace
 from mindspeed_model_core.testing.suite import ModelSuite
@@ -20,8 +19,12 @@ from mindspeed_model_wan21.task import Wan21Recipe
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .random_features import write_features
+
 # 2 x 3 x 5 = 30 tokens for layouts that need an even number; 45, of which neither 2 nor 4 ranks hold equal shares.
 EVEN, ODD = (2, 6, 10), (3, 6, 10)
+# Six clips in two shapes.
+GRIDS = ((1, 6, 8), EVEN, EVEN) * 2
 CONTEXT = {
     "cp2": (2, {"cp": 2}),
     "cp4": (4, {"cp": 4}),
@@ -29,26 +32,6 @@ CONTEXT = {
     "cp2-dp2-zero3": (4, {"cp": 2, "shard": "zero3"}),
     "tp2-cp2-pp2": (8, {"tp": 2, "cp": 2, "pp": 2}),
 }
-
-
-def features(folder: Path, config: Any) -> Path:
-    """Write random features of six clips in two shapes, as the prepare command leaves them."""
-    if folder.exists():
-        return folder
-    draw = torch.Generator().manual_seed(1)
-    with FeatureWriter(folder) as writer:
-        for number in range(6):
-            shape = (config.out_channels, *(EVEN if number % 3 else (1, 6, 8)))
-            tensors = {
-                "latents": torch.randn(shape, generator=draw),
-                "text": torch.randn(3 + number, config.text_dim, generator=draw),
-            }
-            if config.image_dim:
-                tensors["image"] = torch.randn(5, config.image_dim, generator=draw)
-                tensors["condition"] = torch.randn(shape, generator=draw)
-            writer.add(f"{number:08d}-clip", tensors)
-    write_index(folder, {"conditioning": config.conditioning})
-    return folder
 
 
 class Counted(TorchDispatchMode):
@@ -77,7 +60,7 @@ class Wan21Suite(ModelSuite):
     }
 
     def recipe(self, folder: Path, **changes: Any) -> Wan21Recipe:
-        data = {} if folder == Path(".") else {"path": str(features(folder / "features", self.config()))}
+        data = {} if folder == Path(".") else {"path": str(write_features(folder / "features", self.config(), GRIDS))}
         fields: dict[str, Any] = {
             "preset": self.preset,
             "precision": "fp32",

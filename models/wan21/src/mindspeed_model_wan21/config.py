@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mindspeed_model_core.recipe import Section
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 
 class Wan21Config(Section):
@@ -27,16 +27,26 @@ class Wan21Config(Section):
     image_dim: PositiveInt | None = None
     pos_embed_seq_len: PositiveInt | None = None
     rope_max_seq_len: PositiveInt = 1024
-    eps: float = 1e-6
+    eps: PositiveFloat = 1e-6
 
     @model_validator(mode="after")
     def _check(self) -> Wan21Config:
         if self.attention_head_dim % 2:
             raise ValueError(f"attention_head_dim={self.attention_head_dim} must be even for rotary embedding")
-        if self.pos_embed_seq_len is not None and self.image_dim is None:
-            raise ValueError(f"pos_embed_seq_len={self.pos_embed_seq_len} needs image_dim")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim={self.freq_dim} must be even: half are cosines, half sines")
+        if self.pos_embed_seq_len is not None:
+            if self.image_dim is None:
+                raise ValueError(f"pos_embed_seq_len={self.pos_embed_seq_len} needs image_dim")
+            if self.pos_embed_seq_len % 2:
+                raise ValueError(f"pos_embed_seq_len={self.pos_embed_seq_len} must be even: the tokens of two frames")
         if self.in_channels < self.out_channels:
             raise ValueError(f"in_channels={self.in_channels} are fewer than out_channels={self.out_channels}")
+        if self.image_dim is not None and self.mask_channels < 1:
+            raise ValueError(
+                f"in_channels={self.in_channels} must be above {2 * self.out_channels} with image_dim: noise and "
+                f"condition of out_channels={self.out_channels} each, and a mask"
+            )
         if self.image_dim is None and self.in_channels != self.out_channels:
             raise ValueError(
                 f"in_channels={self.in_channels} differ from out_channels={self.out_channels}, which needs image_dim"
@@ -60,6 +70,11 @@ class Wan21Config(Section):
         if self.image_dim is None:
             return "none"
         return "first" if self.pos_embed_seq_len is None else "first-last"
+
+    @property
+    def shift(self) -> float:
+        """Return the shift of the noise levels that the release samples with; it has 5 for image-to-video in 720p."""
+        return {"none": 5.0, "first": 3.0, "first-last": 16.0}[self.conditioning]
 
     @property
     def mask_channels(self) -> int:

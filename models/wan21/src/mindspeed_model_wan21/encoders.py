@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import re
 from collections.abc import Sequence
@@ -10,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from mindspeed_model_core import frozen
 from mindspeed_model_core.data import load_tokenizer
-from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.tensorfile import read_json
+from mindspeed_model_core.frozen import ClipProcessor, FrozenParts, signed, unsigned
 from mindspeed_model_core.trunk import Batch
 from torch import Tensor
 
@@ -24,22 +22,15 @@ TEXT_LENGTH = 512
 NEEDED = ("vae", "text_encoder", "tokenizer")
 IMAGE = "image_encoder"
 
-_SAMPLE = 64 * 2**10
-_CLIP: dict[str, Any] = {
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
 
-
-class Encoders:
+class Encoders(FrozenParts):
     """The VAE, UMT5 and CLIP of a folder in diffusers' layout, each loaded when it is first used.
 
     ``folder`` holds ``vae/``, ``text_encoder/``, ``tokenizer/`` and, for images, ``image_encoder/``. UMT5 computes in
-    ``text_dtype``, the VAE and CLIP in ``dtype``. Nothing is downloaded. Raises UserError for a part that is missing
-    or cannot be read.
+    ``text_dtype``, the VAE and CLIP in ``dtype``.
     """
+
+    needed = NEEDED
 
     def __init__(
         self,
@@ -49,36 +40,34 @@ class Encoders:
         text_dtype: torch.dtype = torch.bfloat16,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.folder, self.device = Path(folder).expanduser(), torch.device(device)
+        super().__init__(folder, device)
         self.text_dtype, self.dtype = text_dtype, dtype
-        for part in NEEDED:
-            self._part(part)
 
     @cached_property
     def vae(self) -> Any:
         """Return diffusers' AutoencoderKLWan."""
         from diffusers import AutoencoderKLWan
 
-        return self._load("vae", AutoencoderKLWan, torch_dtype=self.dtype)
+        return self.load("vae", AutoencoderKLWan, torch_dtype=self.dtype)
 
     @cached_property
     def text_encoder(self) -> Any:
         """Return transformers' UMT5EncoderModel."""
         from transformers import UMT5EncoderModel
 
-        return self._load("text_encoder", UMT5EncoderModel, dtype=self.text_dtype)
+        return self.load("text_encoder", UMT5EncoderModel, dtype=self.text_dtype)
 
     @cached_property
     def image_encoder(self) -> Any:
         """Return transformers' CLIPVisionModel."""
         from transformers import CLIPVisionModel
 
-        return self._load(IMAGE, CLIPVisionModel, dtype=self.dtype)
+        return self.load(IMAGE, CLIPVisionModel, dtype=self.dtype)
 
     @cached_property
     def tokenizer(self) -> Any:
         """Return UMT5's tokenizer."""
-        return load_tokenizer(self._part("tokenizer"))
+        return load_tokenizer(self.part("tokenizer"))
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -92,7 +81,7 @@ class Encoders:
 
         They are the posterior's mode, ``(z - mean) / std`` by the VAE's published statistics of each channel.
         """
-        return self._latents(_signed(frames, self.device).transpose(1, 2))
+        return self._latents(signed(frames, self.device).transpose(1, 2))
 
     @torch.no_grad()
     def condition(self, first: Tensor, last: Tensor | None, frames: int) -> Tensor:
@@ -100,7 +89,7 @@ class Encoders:
 
         ``first`` and ``last`` are uint8 ``[B, 3, H, W]``; grey is 0 in the VAE's range.
         """
-        ends = [_signed(each, self.device)[:, :, None] for each in (first, last) if each is not None]
+        ends = [signed(each, self.device)[:, :, None] for each in (first, last) if each is not None]
         batch, channels, _, height, width = ends[0].shape
         ends.insert(1, ends[0].new_zeros(batch, channels, frames - len(ends), height, width))
         return self._latents(torch.cat(ends, 2))
@@ -128,8 +117,7 @@ class Encoders:
         """Return uint8 frames ``[B, F, 3, H, W]`` of normalised latents ``[B, z, T, h, w]``."""
         mean, scale = self._statistics
         z = latents.to(self.device, torch.float32) / scale + mean
-        frames = self.vae.decode(z.to(self.vae.dtype)).sample.float()
-        return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(1, 2)
+        return unsigned(self.vae.decode(z.to(self.vae.dtype)).sample).transpose(1, 2)
 
     @torch.no_grad()
     def text_rows(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -154,62 +142,33 @@ class Encoders:
     @torch.no_grad()
     def image(self, frames: Tensor) -> Tensor:
         """Return CLIP's states before its last block, ``[B, tokens, width]``, of uint8 images ``[B, 3, H, W]``."""
-        pixels = self.clip_pixels(frames).to(self.device, self.image_encoder.dtype)
+        pixels = torch.stack([self.image_processor.pixels(frame) for frame in frames])
+        pixels = pixels.to(self.device, self.image_encoder.dtype)
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
-    def clip_pixels(self, frames: Tensor) -> Tensor:
-        """Return what CLIP sees of uint8 images ``[B, 3, H, W]``: resized, cropped and normalised, on the host."""
-        return torch.stack([_for_clip(frame, self._clip_settings) for frame in frames])
-
     @cached_property
-    def _clip_settings(self) -> dict[str, Any]:
-        for part in ("image_processor", IMAGE):
-            path = self.folder / part / "preprocessor_config.json"
-            if path.is_file():
-                return {**_CLIP, **read_json(path)}
-        return _CLIP
+    def image_processor(self) -> ClipProcessor:
+        """Return what makes CLIP's input of images."""
+        return ClipProcessor(self.folder / "image_processor", self.folder / IMAGE)
 
     def _latents(self, video: Tensor) -> Tensor:
         mean, scale = self._statistics
         return (self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode().float() - mean) * scale
 
-    def _part(self, name: str) -> Path:
-        folder = self.folder / name
-        if not folder.is_dir():
-            needed = ", ".join(f"{part}/" for part in (*NEEDED, *((IMAGE,) if name == IMAGE else ())))
-            raise UserError(f"encoders={self.folder}: no {name}/ there; a folder in diffusers' layout holds {needed}")
-        return folder
-
-    def _load(self, name: str, kind: Any, **dtype: torch.dtype) -> Any:
-        from transformers.utils import logging
-
-        folder = self._part(name)
-        logging.disable_progress_bar()  # one for each model of each process
-        try:
-            model = kind.from_pretrained(str(folder), local_files_only=True, **dtype)
-        except Exception as error:  # what from_pretrained raises has no common kind
-            raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-        return model.to(self.device).requires_grad_(False).eval()
-
 
 def has_encoders(folder: str | Path) -> bool:
     """Return whether a folder holds the VAE, the text encoder and its tokenizer."""
-    return all((Path(folder).expanduser() / part).is_dir() for part in NEEDED)
+    return frozen.has_parts(folder, NEEDED)
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Return 12 hex digits of the encoders' files: their names, sizes, and first and last 64 KiB."""
-    digest = hashlib.sha256()
-    folder = Path(folder).expanduser()
-    for part in (*NEEDED, IMAGE):
-        for path in sorted(p for p in (folder / part).rglob("*") if p.is_file() and not p.name.startswith(".")):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)}/{size}/".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE))
-                file.seek(max(0, size - _SAMPLE))
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:12]
+    """Return 12 hex digits that change with the encoders' files."""
+    return frozen.fingerprint(folder, (*NEEDED, IMAGE))
+
+
+def pad_text(rows: Sequence[Tensor]) -> Tensor:
+    """Return ``[B, 512, width]`` of embeddings ``[tokens, width]``, zero beyond each one's tokens."""
+    return frozen.pad_rows(rows, TEXT_LENGTH)
 
 
 def clean(prompt: str) -> str:
@@ -218,35 +177,3 @@ def clean(prompt: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
     return re.sub(r"\s+", " ", text).strip()
-
-
-def pad_text(rows: Sequence[Tensor], length: int = TEXT_LENGTH) -> Tensor:
-    """Return ``[B, length, width]`` of embeddings ``[tokens, width]``, zero beyond each one's tokens."""
-    out = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row[:length]
-    return out
-
-
-def _signed(frames: Tensor, device: torch.device) -> Tensor:
-    """Return uint8 pixels in [-1, 1], on the device."""
-    return frames.to(device, torch.float32) / 127.5 - 1
-
-
-def _for_clip(frame: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Resize, crop and normalise one image as CLIPImageProcessor does, with Pillow alone."""
-    from PIL import Image
-
-    image = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()))
-    size, crop = settings["size"], settings["crop_size"]
-    if "shortest_edge" in size:
-        short = min(image.size)
-        wanted = tuple(size["shortest_edge"] * side // short for side in image.size)
-    else:
-        wanted = size["width"], size["height"]
-    image = image.resize(wanted, Image.Resampling.BICUBIC)
-    left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
-    image = image.crop((left, top, left + crop["width"], top + crop["height"]))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
-    return (pixels - mean) / std

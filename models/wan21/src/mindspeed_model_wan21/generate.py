@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from mindspeed_model_core import checkpoint, launch, weights
+from mindspeed_model_core import launch, weights
 from mindspeed_model_core.data.media import read_frames, write_video
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.model import Model
-from mindspeed_model_core.parallel import apply
-from mindspeed_model_core.parallel.mesh import Mesh, close_mesh, launched, open_mesh
-from mindspeed_model_core.recipe import ParallelConfig
-from torch import Tensor, nn
+from mindspeed_model_core.sampling import (
+    Cp,
+    Denoiser,
+    DType,
+    Guidance,
+    Overwrite,
+    Source,
+    Steps,
+    Tp,
+    check_options,
+    find_encoders,
+    find_scheduler,
+    load_network,
+    open_devices,
+    pick_dtype,
+)
+from torch import Tensor
 
-from .encoders import Encoders, has_encoders
+from .encoders import NEEDED, Encoders
 from .model import Wan21
 
 NEGATIVE = (
@@ -32,28 +41,12 @@ NEGATIVE = (
 """The negative prompt that Wan2.1 was released with."""
 
 
-class Transformer(nn.Module):
-    """A Wan21 network as diffusers' pipelines call theirs; tensor and context parallelism stay inside."""
+class Transformer(Denoiser):
+    """A Wan21 network as diffusers' Wan pipelines call theirs."""
 
     def __init__(self, net: Wan21) -> None:
-        super().__init__()
-        self.net = net
         c = net.config
-        self.config = SimpleNamespace(patch_size=c.patch_size, in_channels=c.in_channels, image_dim=c.image_dim)
-
-    @property
-    def device(self) -> torch.device:
-        """Return where the weights are."""
-        return next(self.net.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the weights' type."""
-        return next(self.net.parameters()).dtype
-
-    def cache_context(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
-        """Return a context that does nothing: no results are kept from one step to the next."""
-        return contextlib.nullcontext()
+        super().__init__(net, patch_size=c.patch_size, in_channels=c.in_channels, image_dim=c.image_dim)
 
     def forward(
         self,
@@ -66,28 +59,16 @@ class Transformer(nn.Module):
         """Return the predicted velocity of latents ``[batch, channels, frames, height, width]``."""
         batch = {"x": hidden_states, "time": timestep, "text": encoder_hidden_states}
         if encoder_hidden_states_image is not None:
-            batch["image"] = encoder_hidden_states_image.reshape(len(hidden_states), -1, self.net.config.image_dim or 1)
+            batch["image"] = encoder_hidden_states_image.reshape(len(hidden_states), -1, self.config.image_dim or 1)
         return (self.net(batch),)  # type: ignore[return-value]
-
-
-class ImageProcessor:
-    """Makes CLIP's input as diffusers' pipelines ask for it; transformers' own would need torchvision."""
-
-    def __init__(self, encoders: Encoders) -> None:
-        self.encoders = encoders
-
-    def __call__(self, images: Any, return_tensors: str = "pt") -> Any:
-        """Return the pixels of a PIL image or a list of them."""
-        from transformers import BatchFeature
-
-        images = images if isinstance(images, list) else [images]
-        frames = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
-        return BatchFeature({"pixel_values": torch.cat([self.encoders.clip_pixels(f[None]) for f in frames])})
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample: ``height`` and ``width`` in pixels, ``frames`` 4n + 1; ``image`` and ``last_image`` are files."""
+    """What to sample: ``height`` and ``width`` in pixels, ``frames`` 4n + 1; ``image`` and ``last_image`` are files.
+
+    ``shift`` of the noise levels, None: the network's.
+    """
 
     prompt: str
     negative: str = NEGATIVE
@@ -98,36 +79,17 @@ class Sampling:
     frames: int = 81
     steps: int = 50
     guidance: float = 5.0
-    shift: float = 5.0
+    shift: float | None = None
     seed: int = 0
 
 
-def load_network(source: Path, model: Model, mesh: Mesh, dtype: torch.dtype) -> Wan21:
-    """Return the network of a hub folder, an original release or a run, spread over ``mesh``, ready to sample."""
-    config = weights.read_config(source, model)
-    with torch.device("meta"):
-        net: Any = model.build(config)
-    precision: Any = "fp32" if dtype == torch.float32 else "bf16-pure"
-    parallel = apply.parallelize(net, mesh, ParallelConfig(tp=mesh.tp, cp=mesh.cp), precision=precision)
-    shards = parallel.shards
-    weights.load(
-        net, source, model, tp_rank=mesh.tp_rank, tp=mesh.tp, write=lambda name, tensor: shards[name].write(tensor)
-    )
-    return net.requires_grad_(False).eval()
-
-
-def find_encoders(source: Path, encoders: Path | None) -> Path:
-    """Return the folder of the frozen encoders: given, beside the weights, or where a run's recipe found them."""
-    if encoders is not None:
-        return encoders
-    places = [source, source.absolute().parent]
-    if checkpoint.is_checkpoint(source):
-        recipe = checkpoint.read_info(checkpoint.locate(source))["recipe"]
-        places = [Path(p) for p in (recipe["data"].get("encoders"), recipe.get("init_from")) if p]
-    for place in places:
-        if has_encoders(place):
-            return place
-    raise UserError(f"{source}: no vae/, text_encoder/ and tokenizer/ there; name their folder with --encoders")
+def find_shift(source: Path) -> float | None:
+    """Return the shift of the noise levels that the scheduler beside the weights has, or None: there is none."""
+    path, said = find_scheduler(source) or (None, {})
+    shift = said.get("flow_shift")
+    if shift is not None and (not isinstance(shift, int | float) or not 0 < shift < math.inf):
+        raise UserError(f"{path}: flow_shift={shift!r}: expected a number above 0; or give --shift")
+    return shift
 
 
 def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
@@ -135,8 +97,9 @@ def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
     given = _given(net, what)
+    shift = net.config.shift if what.shift is None else what.shift
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=what.shift
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
     kind: Any = WanImageToVideoPipeline if given else WanPipeline
     pipeline = kind(
@@ -145,7 +108,7 @@ def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
         vae=encoders.vae,
         scheduler=scheduler,
         transformer=Transformer(net),
-        **({"image_encoder": encoders.image_encoder, "image_processor": ImageProcessor(encoders)} if given else {}),
+        **({"image_encoder": encoders.image_encoder, "image_processor": encoders.image_processor} if given else {}),
     )
     pipeline.set_progress_bar_config(disable=not launch.first_rank(), desc="sampling")
     # Drawn on the host, so that a seed means the same video on every device and under every layout.
@@ -187,19 +150,8 @@ def _given(net: Wan21, what: Sampling) -> list[Tensor]:
     return [read_frames(file, 1, fps=1.0, size=size)[0] for name in wanted if (file := files[name]) is not None]
 
 
-@contextlib.contextmanager
-def _mesh(tp: int, cp: int) -> Iterator[Mesh]:
-    mesh = open_mesh(ParallelConfig(tp=tp, cp=cp))
-    if mesh.dp > 1:
-        raise UserError(f"{mesh.world} processes for --tp {tp} x --cp {cp}: one sample is spread over {tp * cp}")
-    yield mesh
-    close_mesh(mesh)
-
-
 def generate_command(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A hub folder, an original release or a run's folder or checkpoint.")
-    ],
+    source: Source,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the video shows.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The .mp4 to write.")] = Path("video.mp4"),
     negative_prompt: Annotated[
@@ -215,16 +167,21 @@ def generate_command(
     width: Annotated[int, typer.Option(metavar="N", help="Pixels, a multiple of 16.")] = 832,
     frames: Annotated[int, typer.Option(metavar="N", help="4n + 1.")] = 81,
     fps: Annotated[float, typer.Option(metavar="F", help="Frames per second of the file.")] = 16.0,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the solver.")] = 50,
-    guidance: Annotated[float, typer.Option(metavar="G", help="Weight of the prompt; 1: no guidance.")] = 5.0,
-    shift: Annotated[float, typer.Option(metavar="S", help="Shift of the noise levels; 3 for image-to-video.")] = 5.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same video.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="T", help=r"bf16 or fp32.  \[default: bf16, on CPU fp32]")
+    steps: Steps = 50,
+    guidance: Guidance = 5.0,
+    shift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help=r"Shift of the noise levels.  \[default: that of the scheduler with SRC; else 5 for text-to-video, "
+            "3 with a first frame (the release has 5 in 720p), 16 with a last one too]",
+        ),
     ] = None,
-    tp: Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the network.")] = 1,
-    cp: Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the tokens.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same video.")] = 0,
+    dtype: DType = None,
+    tp: Tp = 1,
+    cp: Cp = 1,
+    overwrite: Overwrite = False,
 ) -> None:
     """Sample a video from a prompt and, for image-to-video, the frames it begins and ends with.
 
@@ -234,31 +191,26 @@ def generate_command(
     """
     from . import MODEL
 
-    if out.suffix != ".mp4":
-        raise UserError(f"--out={out}: videos are written as .mp4")
-    if out.exists() and not overwrite:
-        raise UserError(f"--out={out}: exists; choose another name, or replace it with --overwrite")
-    if dtype not in (None, "bf16", "fp32"):
-        raise UserError(f"--dtype={dtype}: must be bf16 or fp32")
-    where = find_encoders(weights.check_folder(source), encoders)
-    if tp * cp > 1 and not launched():
-        raise typer.Exit(launch.spawn(tp * cp, launch.command_without_nproc()))
-    with _mesh(tp, cp) as mesh:
-        kind = torch.bfloat16 if dtype == "bf16" or (dtype is None and mesh.device.type != "cpu") else torch.float32
+    check_options(out, (".mp4",), overwrite, dtype)
+    if shift is not None and not 0 < shift < math.inf:
+        raise UserError(f"--shift={shift:g}: must be above 0; 1 leaves the noise levels as they are")
+    where = find_encoders(weights.check_folder(source), encoders, NEEDED)
+    what = Sampling(
+        prompt,
+        NEGATIVE if negative_prompt is None else negative_prompt,
+        image,
+        last_image,
+        height,
+        width,
+        frames,
+        steps,
+        guidance,
+        find_shift(source) if shift is None else shift,
+        seed,
+    )
+    with open_devices(tp, cp) as mesh:
+        kind = pick_dtype(dtype, mesh.device)
         net = load_network(source, MODEL, mesh, kind)
-        what = Sampling(
-            prompt,
-            NEGATIVE if negative_prompt is None else negative_prompt,
-            image,
-            last_image,
-            height,
-            width,
-            frames,
-            steps,
-            guidance,
-            shift,
-            seed,
-        )
         video = sample(net, Encoders(where, mesh.device, text_dtype=kind), what)
         if mesh.rank == 0:
             write_video(out, video, fps)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings
+from mindspeed_model_core.showcase import letters, settle
 from mindspeed_model_core.tensorfile import write_json
 from torch import Tensor, nn
 
@@ -32,9 +32,9 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
 
     folder = Path(folder)
     vae = AutoencoderKLWan(base_dim=8, z_dim=LATENTS, num_res_blocks=1)
-    _randomise(vae, 1, gain=1.0).save_pretrained(folder / "vae")
+    settle(vae, 1).save_pretrained(folder / "vae")
 
-    tokenizer = _letters()
+    tokenizer = letters()
     tokenizer.save_pretrained(folder / "tokenizer")
     text = UMT5EncoderModel(
         UMT5Config(
@@ -48,7 +48,7 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
             dropout_rate=0.0,
         )
     )
-    _randomise(text, 2, gain=1.0).save_pretrained(folder / "text_encoder")
+    settle(text, 2).save_pretrained(folder / "text_encoder")
     if image:
         clip = CLIPVisionModel(
             CLIPVisionConfig(
@@ -61,8 +61,9 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
                 hidden_act="gelu",
             )
         )
-        _randomise(clip, 3, gain=1.0).save_pretrained(folder / "image_encoder")
-        _write_processor(folder / "image_processor")
+        settle(clip, 3).save_pretrained(folder / "image_encoder")
+        (folder / "image_processor").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "image_processor" / PREPROCESSOR, clip_settings(_IMAGE_SIZE))
     return folder
 
 
@@ -97,45 +98,3 @@ def train_tiny_vae(folder: str | Path, clips: Sequence[Tensor], steps: int = 200
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).clamp_min(1e-3).tolist())
     vae.save_pretrained(Path(folder) / "vae")
     return -10 * math.log10(float(torch.stack(errors).mean()) / 4)
-
-
-def _randomise(model: nn.Module, seed: int, gain: float) -> Any:
-    """Give every parameter a value that depends on no version's initialisation and keeps activations near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() < 2 or "gamma" in name:
-                scale = name.endswith(("weight", "gamma"))
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1 + (1.0 if scale else 0.0))
-            else:
-                inputs = 1 if "embed" in name or "relative" in name else weight[0].numel()
-                weight.copy_(torch.randn(weight.shape, generator=generator) * gain / math.sqrt(inputs))
-    return model.eval()
-
-
-def _letters() -> Any:
-    """Return a T5 tokenizer whose words are the printable characters: pad 0, end 1, unknown 2."""
-    from transformers import T5Tokenizer
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -2.0)]
-    pieces += [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
-    return T5Tokenizer(vocab=pieces, extra_ids=0)
-
-
-def _write_processor(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": _IMAGE_SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "do_convert_rgb": True,
-    }
-    write_json(folder / "preprocessor_config.json", settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.layout import DIFFUSERS, Cat, Layout, Op, Reshape, Row, Same, Table
 from mindspeed_model_core.recipe import validate
 from mindspeed_model_core.tensorfile import Safetensors, read_json, write_json
+from mindspeed_model_core.translation import VERSION, Sizes, check_fixed, complete_pipeline
 
 from .config import Wan21Config
 from .model import TEXT_TOKENS, Wan21
@@ -107,7 +108,6 @@ def _reshapes(config: Wan21Config) -> Mapping[str, Op]:
 # ------------------------------------------------------------------------------------------------ hub
 
 _FOLDER = "transformer"
-_DIFFUSERS = "0.35.0"
 _HUB_FIXED: dict[str, Any] = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
 _HUB_FIELDS = tuple(Wan21Config.model_fields)
 
@@ -125,9 +125,7 @@ def read_hub_config(folder: Path) -> Wan21Config:
     """Read the transformer's config.json; UserError names a setting that Wan2.1 does not have."""
     path = _transformer(folder) / "config.json"
     raw = read_json(path)
-    for key, value in _HUB_FIXED.items():
-        if raw.get(key, value) != value:
-            raise UserError(f"{path}: {key}={raw[key]!r} is not supported, Wan2.1 has {key}={value!r}")
+    check_fixed(raw, _HUB_FIXED, path, "Wan2.1")
     values = {key: raw[key] for key in _HUB_FIELDS if raw.get(key) is not None}
     config = validate(Wan21Config, values, str(path))
     added = config.width if config.image_dim else None
@@ -144,7 +142,7 @@ def write_hub_config(config: Wan21Config, folder: Path, dtype: torch.dtype) -> N
         folder / _FOLDER / "config.json",
         {
             "_class_name": "WanTransformer3DModel",
-            "_diffusers_version": _DIFFUSERS,
+            "_diffusers_version": VERSION,
             **config.model_dump(mode="json"),
             "added_kv_proj_dim": config.width if config.image_dim else None,
             **_HUB_FIXED,
@@ -166,35 +164,22 @@ _IMAGE_PARTS = {
 
 
 def complete_hub(config: Wan21Config, folder: Path) -> None:
-    """Write model_index.json and the scheduler, which make the folder one of diffusers' pipelines, if its parts are."""
-    parts = {**_PARTS, **(_IMAGE_PARTS if config.image_dim else {})}
-    if any(not (folder / part).is_dir() for part in parts if part != "scheduler"):
-        return
-    if not (folder / "scheduler").exists():
-        (folder / "scheduler").mkdir()
-        write_json(
-            folder / "scheduler" / "scheduler_config.json",
-            {
-                "_class_name": "UniPCMultistepScheduler",
-                "_diffusers_version": _DIFFUSERS,
-                "num_train_timesteps": 1000,
-                "prediction_type": "flow_prediction",
-                "use_flow_sigmas": True,
-                "flow_shift": 5.0,
-            },
-        )
+    """Make the folder one of diffusers' pipelines, if its parts are there."""
     kind = "WanImageToVideoPipeline" if config.image_dim else "WanPipeline"
-    index = {"_class_name": kind, "_diffusers_version": _DIFFUSERS, **{part: list(c) for part, c in parts.items()}}
-    if not (folder / "model_index.json").exists():
-        write_json(folder / "model_index.json", index)
+    scheduler = {
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": config.shift,
+    }
+    complete_pipeline(folder, kind, {**_PARTS, **(_IMAGE_PARTS if config.image_dim else {})}, scheduler)
 
 
-def _from_release(origin: Path, folder: Path) -> None:
-    """Translate the frozen parts of an original release, where it has them."""
-    from .auxiliary import TEXT_ORIGINAL, VAE_ORIGINAL, translate
+def _from_release(config: Wan21Config, origin: Path) -> Callable[[Path], None] | None:
+    """Plan the translation of an original release's frozen parts, if it has them."""
+    from .auxiliary import translate
 
-    if VAE_ORIGINAL.detect(origin) and TEXT_ORIGINAL.detect(origin) and not (folder / "vae").exists():
-        translate(origin, folder)
+    return translate(origin, image=config.image_dim is not None)
 
 
 HUB = Layout(
@@ -247,18 +232,11 @@ def read_original_config(folder: Path) -> Wan21Config:
     if raw["dim"] % raw["num_heads"]:
         raise UserError(f"{path}: dim={raw['dim']} does not divide by num_heads={raw['num_heads']}")
     values["attention_head_dim"] = raw["dim"] // raw["num_heads"]
-    tensors = _FILES.open(folder)
-    held = set(tensors.names())
-
-    def size(name: str, dim: int) -> int:
-        if name not in held:
-            raise UserError(f"{folder}: missing key {name!r}")
-        return tensors.shape(name)[dim]
-
+    size = Sizes(folder, _FILES.open(folder))
     values["text_dim"] = size("text_embedding.0.weight", 1)
     if raw.get("model_type", "t2v") != "t2v":
         values["image_dim"] = size("img_emb.proj.0.weight", 0)
-        if _POSITIONS[_ORIGINAL] in held:
+        if _POSITIONS[_ORIGINAL] in size:
             values["pos_embed_seq_len"] = size(_POSITIONS[_ORIGINAL], 1)
     return validate(Wan21Config, values, str(path))
 
@@ -273,13 +251,11 @@ def write_original_config(config: Wan21Config, folder: Path, dtype: torch.dtype)
     )
 
 
-def _as_release(origin: Path, folder: Path) -> None:
-    """Translate the frozen parts of a folder in diffusers' layout, where it has them."""
-    from .auxiliary import has_frozen, restore
-    from .encoders import has_encoders
+def _as_release(config: Wan21Config, origin: Path) -> Callable[[Path], None] | None:
+    """Plan the translation of the frozen parts of a folder in diffusers' layout, if it has them."""
+    from .auxiliary import restore
 
-    if has_encoders(origin) and not has_frozen(folder):
-        restore(origin, folder)
+    return restore(origin, image=config.image_dim is not None)
 
 
 ORIGINAL = Layout(

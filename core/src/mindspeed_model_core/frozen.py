@@ -1,0 +1,150 @@
+"""Frozen parts in the folders of diffusers' pipelines: VAEs, text and image encoders, loaded on first use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .tensorfile import read_json
+
+_SAMPLE = 64 * 2**10
+
+
+class FrozenParts:
+    """A folder with a subfolder for each frozen part, of which a model's own class says what it computes with them.
+
+    ``needed`` are the subfolders that must be there. Nothing is downloaded. Raises UserError for a part that is missing
+    or cannot be read.
+    """
+
+    needed: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        self.folder, self.device = Path(folder).expanduser(), torch.device(device)
+        for name in self.needed:
+            self.part(name)
+
+    def part(self, name: str) -> Path:
+        """Return the folder of a part."""
+        folder = self.folder / name
+        if not folder.is_dir():
+            wanted = ", ".join(f"{part}/" for part in dict.fromkeys((*self.needed, name)))
+            raise UserError(f"encoders={self.folder}: no {name}/ there; a folder in diffusers' layout holds {wanted}")
+        return folder
+
+    def load(self, name: str, kind: Any, **dtype: torch.dtype) -> Any:
+        """Return a part as a network of diffusers' or transformers' class ``kind``, on the device, frozen."""
+        from transformers.utils import logging
+
+        folder = self.part(name)
+        logging.disable_progress_bar()  # one for each model of each process
+        try:
+            network = kind.from_pretrained(str(folder), local_files_only=True, **dtype)
+        except Exception as error:  # what from_pretrained raises has no common kind
+            raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        return network.to(self.device).requires_grad_(False).eval()
+
+
+def has_parts(folder: str | Path, names: Sequence[str]) -> bool:
+    """Return whether a folder holds all of these parts."""
+    return all((Path(folder).expanduser() / name).is_dir() for name in names)
+
+
+def fingerprint(folder: str | Path, names: Sequence[str]) -> str:
+    """Return 12 hex digits of the files of these parts: their names, sizes, and first and last 64 KiB."""
+    digest = hashlib.sha256()
+    folder = Path(folder).expanduser()
+    for name in names:
+        for path in sorted(p for p in (folder / name).rglob("*") if p.is_file() and not p.name.startswith(".")):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)}/{size}/".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLE))
+                file.seek(max(0, size - _SAMPLE))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:12]
+
+
+def pad_rows(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Return ``[B, length, width]`` of embeddings ``[tokens, width]``, zero beyond each one's tokens."""
+    out = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row)] = row[:length]
+    return out
+
+
+def signed(pixels: Tensor, device: torch.device) -> Tensor:
+    """Return uint8 pixels as fp32 in [-1, 1], what VAEs see, on the device."""
+    return pixels.to(device, torch.float32) / 127.5 - 1
+
+
+def unsigned(pixels: Tensor) -> Tensor:
+    """Return pixels in [-1, 1] as uint8, those beyond at the ends."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ images for CLIP
+
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def clip_settings(size: int = 224) -> dict[str, Any]:
+    """Return what a pipeline's image processor says of itself, for a CLIP that sees squares of ``size`` pixels."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+class ClipProcessor:
+    """What transformers' CLIPImageProcessor does, with Pillow alone: its own needs torchvision.
+
+    Settings are those of the first folder with a preprocessor_config.json, else the published ones.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        files = [folder / PREPROCESSOR for folder in folders if (folder / PREPROCESSOR).is_file()]
+        self.settings = {**clip_settings(), **(read_json(files[0]) if files else {})}
+
+    def __call__(self, images: Any, return_tensors: str = "pt") -> Any:
+        """Return the pixels of a PIL image or a list of them, as diffusers' pipelines ask for them."""
+        from transformers import BatchFeature
+
+        images = images if isinstance(images, list) else [images]
+        frames = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+        return BatchFeature({"pixel_values": torch.stack([self.pixels(frame) for frame in frames])})
+
+    def pixels(self, frame: Tensor) -> Tensor:
+        """Return what CLIP sees of a uint8 image ``[3, H, W]``: resized, cropped and normalised, on the host."""
+        from PIL import Image
+
+        image = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()))
+        size, crop = self.settings["size"], self.settings["crop_size"]
+        if "shortest_edge" in size:
+            short = min(image.size)
+            wanted = tuple(size["shortest_edge"] * side // short for side in image.size)
+        else:
+            wanted = size["width"], size["height"]
+        image = image.resize(wanted, Image.Resampling.BICUBIC)
+        left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
+        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(self.settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+        return (pixels - mean) / std

@@ -1,0 +1,133 @@
+"""What any sampler needs that puts a network into one of diffusers' pipelines: on one device or spread over several."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from . import checkpoint, launch, weights
+from .errors import UserError
+from .frozen import has_parts
+from .model import Model
+from .parallel import apply
+from .parallel.mesh import Mesh, close_mesh, launched, open_mesh
+from .recipe import ParallelConfig
+from .tensorfile import read_json
+from .trunk import Trunk
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="A hub folder, an original release or a run's folder or checkpoint.")
+]
+Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the solver.")]
+Guidance = Annotated[float, typer.Option(metavar="G", help="Weight of the prompt; 1: no guidance.")]
+DType = Annotated[str | None, typer.Option(metavar="T", help=r"bf16 or fp32.  \[default: bf16, on CPU fp32]")]
+Tp = Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the network.")]
+Cp = Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the tokens.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")]
+
+
+class Denoiser(nn.Module):
+    """A network as diffusers' pipelines call theirs; tensor and context parallelism stay inside.
+
+    ``config`` is what the pipeline reads of it. A model gives ``forward`` in the pipeline's words.
+    """
+
+    def __init__(self, net: Trunk, **config: Any) -> None:
+        super().__init__()
+        self.net, self.config = net, SimpleNamespace(**config)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return next(self.net.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the weights' type."""
+        return next(self.net.parameters()).dtype
+
+    def cache_context(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing: no results are kept from one step to the next."""
+        return contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------------ what goes along
+
+
+def places(source: Path) -> list[Path]:
+    """Return the folders that may hold what goes with weights: theirs and the one above, or those of a run's recipe."""
+    if not checkpoint.is_checkpoint(source):
+        return [source, source.absolute().parent]
+    recipe = checkpoint.read_info(checkpoint.locate(source))["recipe"]
+    return [Path(p).expanduser() for p in (recipe["data"].get("encoders"), recipe.get("init_from")) if p]
+
+
+def find_encoders(source: Path, given: Path | None, needed: Sequence[str]) -> Path:
+    """Return the folder of the frozen parts: given, beside the weights, or where a run's recipe found them."""
+    if given is not None:
+        return given
+    for place in places(source):
+        if has_parts(place, needed):
+            return place
+    *some, last = (f"{name}/" for name in needed)
+    raise UserError(f"{source}: no {', '.join(some)} and {last} there; name their folder with --encoders")
+
+
+def find_scheduler(source: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file that describes the scheduler which goes with weights, and what it says; None: there is none."""
+    for place in places(source):
+        path = place / "scheduler" / "scheduler_config.json"
+        if path.is_file():
+            return path, read_json(path)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+
+def check_options(out: Path, suffixes: Sequence[str], overwrite: bool, dtype: str | None) -> None:
+    """Raise UserError unless a sample can be written to ``out`` and ``dtype`` is one a network computes in."""
+    if out.suffix not in suffixes:
+        raise UserError(f"--out={out}: samples are written as {' or '.join(suffixes)}")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out={out}: exists; choose another name, or replace it with --overwrite")
+    if dtype not in (None, "bf16", "fp32"):
+        raise UserError(f"--dtype={dtype}: must be bf16 or fp32")
+
+
+@contextlib.contextmanager
+def open_devices(tp: int, cp: int) -> Iterator[Mesh]:
+    """Give the mesh of the devices one sample is spread over; starts the processes, and exits, if they are not yet."""
+    if tp * cp > 1 and not launched():
+        raise typer.Exit(launch.spawn(tp * cp, launch.command_without_nproc()))
+    mesh = open_mesh(ParallelConfig(tp=tp, cp=cp))
+    if mesh.dp > 1:
+        raise UserError(f"{mesh.world} processes for --tp {tp} x --cp {cp}: one sample is spread over {tp * cp}")
+    yield mesh
+    close_mesh(mesh)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Return the type to compute in: that asked for, else bf16, on CPU fp32."""
+    return torch.bfloat16 if name == "bf16" or (name is None and device.type != "cpu") else torch.float32
+
+
+def load_network(source: Path, model: Model, mesh: Mesh, dtype: torch.dtype) -> Any:
+    """Return the network of a hub folder, an original release or a run, spread over ``mesh``, ready to sample."""
+    config = weights.read_config(source, model)
+    with torch.device("meta"):
+        net = model.build(config)
+    precision: Any = "fp32" if dtype == torch.float32 else "bf16-pure"
+    parallel = apply.parallelize(net, mesh, ParallelConfig(tp=mesh.tp, cp=mesh.cp), precision=precision)
+    shards = parallel.shards
+    weights.load(
+        net, source, model, tp_rank=mesh.tp_rank, tp=mesh.tp, write=lambda name, tensor: shards[name].write(tensor)
+    )
+    return net.requires_grad_(False).eval()

@@ -1,0 +1,79 @@
+"""What goes with weights is found beside them or where a run had it, and options are checked before work begins."""
+
+import json
+
+import pytest
+import torch
+from mindspeed_model_core import checkpoint
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.parallel.mesh import Mesh
+from mindspeed_model_core.sampling import (
+    Denoiser,
+    check_options,
+    find_encoders,
+    find_scheduler,
+    load_network,
+    open_devices,
+    pick_dtype,
+    places,
+)
+from mindspeed_model_core.testing import toy
+from mindspeed_model_core.train import run
+
+NEEDED = ("vae", "words", "tokenizer")
+
+
+def test_encoders_and_scheduler_are_beside_the_weights(tmp_path):
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    with pytest.raises(UserError, match="no vae/, words/ and tokenizer/ there; name their folder with --encoders"):
+        find_encoders(folder, None, NEEDED)
+    assert find_encoders(folder, tmp_path / "any", NEEDED) == tmp_path / "any" and find_scheduler(folder) is None
+    for name in (*NEEDED, "scheduler"):
+        (tmp_path / name).mkdir()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"shift": 2}))
+    assert find_encoders(folder, None, NEEDED) == find_encoders(tmp_path, None, NEEDED) == tmp_path
+    assert find_scheduler(folder) == (path, {"shift": 2})
+
+
+def test_a_run_has_them_where_its_recipe_says(tmp_path, monkeypatch):
+    run(toy.recipe(), toy.TOY, tmp_path / "run")
+    info = checkpoint.read_info(checkpoint.locate(tmp_path / "run"))
+    info["recipe"] |= {"init_from": "base", "data": {"encoders": str(tmp_path / "enc")}}
+    monkeypatch.setattr(checkpoint, "read_info", lambda path: info)
+    assert [str(place) for place in places(tmp_path / "run")] == [str(tmp_path / "enc"), "base"]
+
+
+def test_a_run_s_network_is_ready_to_sample(tmp_path):
+    run(toy.recipe(), toy.TOY, tmp_path / "run")
+    net = load_network(tmp_path / "run", toy.TOY, Mesh(torch.device("cpu")), torch.bfloat16)
+    whole = checkpoint.open_weights(checkpoint.locate(tmp_path / "run"))
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, whole.read(name).bfloat16())
+    seen = Denoiser(net, channels=3)
+    assert (seen.dtype, seen.device.type, seen.config.channels) == (torch.bfloat16, "cpu", 3)
+    with seen.cache_context("cond"):
+        pass
+
+
+def test_options_are_checked(tmp_path):
+    (tmp_path / "a.png").write_text("mine")
+    for options, said in (
+        ((tmp_path / "a.gif", (".png", ".jpg"), False, None), "written as .png or .jpg"),
+        ((tmp_path / "a.png", (".png",), False, None), "exists; choose another name"),
+        ((tmp_path / "b.png", (".png",), False, "fp8"), "--dtype=fp8: must be bf16 or fp32"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_options(*options)
+    check_options(tmp_path / "a.png", (".png",), True, "bf16")
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert [pick_dtype(*case) for case in ((None, cpu), (None, other), ("fp32", other), ("bf16", cpu))] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+        torch.bfloat16,
+    ]
+    with open_devices(1, 1) as mesh:
+        assert mesh.world == 1
