@@ -26,6 +26,7 @@ from ..parallel import apply
 from ..parallel.mesh import Mesh
 from ..recipe import ParallelConfig, Recipe
 from ..trunk import Batch, Trunk
+from .crew import TIMEOUT, Crew, crew, train_losses
 from .dist import run_dist
 from .equivalence import LAYOUTS, Job, assert_equivalent, trace
 from .tolerance import FP32, FP64, assert_close
@@ -57,6 +58,18 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 needs_accelerator = pytest.mark.skipif(
     not torch.accelerator.is_available(), reason="needs an accelerator; none is here"
 )
+
+
+def needs_two_accelerators() -> None:
+    """Skip the test, saying how many there are, where there are fewer than two."""
+    count = torch.accelerator.device_count()
+    if count < 2:
+        pytest.skip(f"needs two accelerators, there {'is' if count == 1 else 'are'} {count}")
+
+
+def _assert_same_losses(spread: list[float], alone: list[float]) -> None:
+    assert len(alone) == 4
+    assert all(abs(a / b - 1) < 1e-4 for a, b in zip(spread, alone, strict=True)), (spread, alone)
 
 
 class ModelSuite(ABC):
@@ -354,23 +367,37 @@ class ModelSuite(ABC):
     @pytest.mark.device
     @pytest.mark.parametrize("pair", ["tp2", "tp2-sequence", "pp2", "dp2", "dp2-zero1", "dp2-zero2", "dp2-zero3"])
     def test_two_accelerators_equal_one(self, pair: str, tmp_path: Path) -> None:
-        """The command line trains on two devices what it trains on one."""
-        count = torch.accelerator.device_count()
-        if count < 2:
-            pytest.skip(f"needs two accelerators, there is {count}")
-        world, fields = self.layouts[pair]
-        alone, spread = (self._launch(tmp_path, n, f) for n, f in ((1, {}), (world, fields)))
-        assert len(alone) == 4
-        assert all(abs(a / b - 1) < 1e-4 for a, b in zip(spread, alone, strict=True)), (spread, alone)
+        """Two devices train what one trains; processes stay from pair to pair, each has a process group of its own."""
+        needs_two_accelerators()
+        self.assert_pair_equals_one(crew(2), pair, tmp_path)
 
-    def _launch(self, folder: Path, devices: int, parallel: dict[str, Any]) -> list[float]:
-        recipe = self.recipe(folder, steps=4, checkpoint={"every": 2}, parallel=parallel)
-        file, run = folder / f"{devices}.yaml", folder / f"run-{devices}"
-        file.write_text(recipe.to_yaml())
+    def assert_pair_equals_one(self, two: Crew, pair: str, folder: Path) -> None:
+        """Fail unless the crew of two trains under a layout as this process does alone: losses of four steps."""
+        world, fields = self.layouts[pair]
+        assert world == two.world
+        alone = self._train(self._pair_recipe(folder, {}), folder / "alone")
+        spread = two.run(pair, train_losses, self.where, self._pair_recipe(folder, fields), folder / "spread")[0]
+        _assert_same_losses(spread, alone)
+
+    @pytest.mark.device
+    def test_the_command_trains_on_two_accelerators(self, tmp_path: Path) -> None:
+        """The command line starts a process per device, and they train what one does."""
+        needs_two_accelerators()
+        alone = self._train(self._pair_recipe(tmp_path, {}), tmp_path / "alone")
+        file, run = tmp_path / "two.yaml", tmp_path / "two"
+        file.write_text(self._pair_recipe(tmp_path, {"shard": "zero3"}).to_yaml())
         command = [sys.executable, "-m", self.model.package, "train", str(file), "--run-dir", str(run)]
-        done = subprocess.run([*command, "--nproc", str(devices)], capture_output=True, text=True)
+        done = subprocess.run([*command, "--nproc", "2"], capture_output=True, text=True, timeout=TIMEOUT)
         assert done.returncode == 0, done.stderr[-3000:]
-        return [record["loss"] for record in metrics.read(run)]
+        _assert_same_losses([record["loss"] for record in metrics.read(run)], alone)
+
+    def _pair_recipe(self, folder: Path, parallel: dict[str, Any]) -> Recipe:
+        return self.recipe(folder, steps=4, checkpoint={"every": 2}, parallel=parallel)
+
+    @property
+    def where(self) -> str:
+        """Return where another process imports the model's record from, as ``package:NAME``."""
+        return f"{self.model.package}:MODEL"
 
     @pytest.mark.device
     @needs_accelerator
