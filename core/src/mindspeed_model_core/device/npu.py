@@ -7,10 +7,15 @@ from types import ModuleType
 import torch
 
 
+def load() -> None:
+    """Import torch_npu, which adds the device to torch."""
+    import torch_npu  # noqa: F401
+
+
 def available() -> bool:
     """Return whether torch_npu loads and sees a device."""
     try:
-        import torch_npu  # noqa: F401
+        load()
     except (ImportError, OSError):
         return False
     return bool(torch.npu.is_available())  # type: ignore[attr-defined]
