@@ -26,7 +26,8 @@ from ..parallel import apply
 from ..parallel.mesh import Mesh
 from ..recipe import ParallelConfig, Recipe
 from ..trunk import Batch, Trunk
-from .dist import run_dist
+from . import npu_emulator
+from .dist import run_dist, run_on
 from .equivalence import LAYOUTS, Job, assert_equivalent, trace
 from .tolerance import FP32, FP64, assert_close
 
@@ -56,6 +57,11 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 
 needs_accelerator = pytest.mark.skipif(
     not torch.accelerator.is_available(), reason="needs an accelerator; none is here"
+)
+
+
+needs_emulator = pytest.mark.skipif(
+    not npu_emulator.installed(), reason="needs the NPU emulator, which nox -s npu installs"
 )
 
 
@@ -328,6 +334,49 @@ class ModelSuite(ABC):
             assert len(got) == 2
             assert all(abs(a - b) <= FP64 * abs(b) for a, b in zip(got, losses[2:], strict=True)), (layout, got, losses)
 
+    # ------------------------------------------------------------------- npu
+
+    @pytest.mark.npu
+    @needs_emulator
+    @pytest.mark.parametrize("pair", [None, "tp2", "tp2-sequence", "pp2", "dp2-zero1", "dp2-zero3"])
+    def test_emulated_npus_equal_the_cpu(self, pair: str | None, tmp_path: Path) -> None:
+        """Losses and gradient norms are the CPU's, and a run saved on the NPU goes on there and on the CPU alike."""
+        world, layout = self.layouts[pair] if pair else (1, {})
+        start, config = tmp_path / "start", self.config(**self.spread)
+        # Each kind of device draws other random weights.
+        weights.save(open_net(self.model, config).named_parameters(), config, self.model.layouts[0], start)
+        saving = {"every": 2, "keep": 9}
+        fields: dict[str, Any] = {"init_from": str(start), "steps": 4, "config": self.spread, "checkpoint": saving}
+        here = self.recipe(tmp_path, **fields, parallel=layout)
+        there = self.recipe(tmp_path, **fields)
+        want = run_on("cpu", self._train_and_clip, 1, there, tmp_path / "cpu")[0]
+        got = run_on("npu", self._train_and_clip, world, here, tmp_path / "npu")[0]
+        assert len(want) == 4
+        _assert_alike(got, want)
+        for kind, ranks, recipe in (("npu", world, here), ("cpu", 1, there)):
+            folder = tmp_path / f"from-npu-on-{kind}"
+            shutil.copytree(tmp_path / "npu", folder)
+            shutil.rmtree(folder / "checkpoints" / "step-00000004")
+            _assert_alike(run_on(kind, self._train_and_clip, ranks, recipe, folder, resume=True)[0], want[2:])
+
+    def _train_and_clip(self, recipe: Recipe, folder: Path, **options: Any) -> list[tuple[float, float]]:
+        out: list[tuple[float, float]] = []
+        train.run(recipe, self.model, folder, watch=[lambda r: out.append((r.loss, r.grad_norm))], **options)
+        return out
+
+    @pytest.mark.npu
+    @needs_emulator
+    def test_bf16_and_recomputation_on_an_emulated_npu(self, tmp_path: Path) -> None:
+        start, config = tmp_path / "start", self.config(**self.spread)
+        weights.save(open_net(self.model, config).named_parameters(), config, self.model.layouts[0], start)
+        fields: dict[str, Any] = {"init_from": str(start), "steps": 3, "config": self.spread, "precision": "bf16"}
+        fields |= {"recompute": "all", "deterministic": True}
+        recipe = self.recipe(tmp_path, **fields)
+        want = run_on("cpu", self._train_and_clip, 1, recipe, tmp_path / "cpu")[0]
+        got = [run_on("npu", self._train_and_clip, 1, recipe, tmp_path / name)[0] for name in ("one", "two")]
+        assert len(want) == 3 and got[0] == got[1]
+        assert all(abs(a / b - 1) < 0.02 for (a, _), (b, _) in zip(got[0], want, strict=True)), (got, want)
+
     # ---------------------------------------------------------------- device
 
     @pytest.mark.device
@@ -382,6 +431,12 @@ class ModelSuite(ABC):
         written = [p.name for p in (tmp_path / "run" / "profile").rglob("*") if p.is_file()]
         assert any(".pt.trace.json" in name for name in written), written
         assert any("memory" in name for name in written), written
+
+
+def _assert_alike(got: list[tuple[float, float]], want: list[tuple[float, float]]) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert all(abs(x - y) <= 10 * FP32 * abs(y) for x, y in zip(a, b, strict=True)), (got, want)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -22,7 +22,14 @@ from ...errors import UserError
 
 DEVICES = "MINDSPEED_EMULATED_NPUS"
 """How many NPUs the runtime says there are."""
+SITE = "MINDSPEED_EMULATOR_SITE"
+"""The folder with torch_npu, where a process is told to install the emulator by its environment."""
 _site: Path | None = None
+
+
+def installed() -> bool:
+    """Whether this process has emulated NPUs."""
+    return _site is not None
 
 
 def install(site: Path | str, devices: int = 2) -> None:

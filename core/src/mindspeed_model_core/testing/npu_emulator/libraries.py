@@ -16,9 +16,9 @@ from pathlib import Path
 from ...errors import UserError
 
 HERE = Path(__file__).parent
-SOURCES = ("emulator.h", "runtime.c", "opapi.c", "hccl.c")
-EMPTY = ("libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel")
-"""Libraries that need only exist: the wheel names them, their functions are found in libascendcl."""
+SOURCES = ("emulator.h", "runtime.c", "opapi.c", "hccl.c", "profiling.c")
+EMPTY = ("libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libmsprofiler", "libascend_hal")
+"""Libraries that need only exist: the wheel names them, and what it wants of them is in libascendcl."""
 LIBRARIES = ("libascendcl", "libhccl", *EMPTY, "libopapi")
 SILENT = frozenset(
     "aclrtResetDevice aclrtSynchronizeDevice aclrtSynchronizeDeviceWithTimeout aclrtDeviceEnablePeerAccess "
@@ -88,8 +88,8 @@ def _binaries(package: Path) -> list[Path]:
 def _compile(compiler: str, package: Path, work: Path, out: Path) -> None:
     wanted = {s for binary in _binaries(package) for s in undefined_symbols(binary)}
     wanted = {s for s in wanted if re.match(r"(acl|Msprof|rt[A-Z]|[Hh]ccl)", s)}
-    defined = {n: set(re.findall(r"(?m)^\w[\w \*]*?\b(\w+)\(", (HERE / f"{n}.c").read_text())) for n in ("runtime", "hccl")}
-    missing = sorted((wanted | SILENT) - defined["runtime"] - defined["hccl"])
+    defined = {n: set(re.findall(r"(?m)^\w[\w \*]*?\b(\w+)\(", (HERE / f"{n}.c").read_text())) for n in ("runtime", "profiling", "hccl")}
+    missing = sorted((wanted | SILENT) - set().union(*defined.values()))
     (work / "rest.c").write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in missing))
     kernels = sorted(kernel_names(package / "lib" / "libtorch_npu.so"))
     own = (HERE / "opapi.c").read_text()
@@ -107,7 +107,7 @@ def _compile(compiler: str, package: Path, work: Path, out: Path) -> None:
             raise UserError(f"the NPU emulator could not be built: {' '.join(command)}: {done.stderr.strip()[-500:]}")
 
     runtime = ["-Wl,--no-as-needed", str(out / "libascendcl.so"), "-Wl,-rpath,$ORIGIN"]
-    link("libascendcl", str(HERE / "runtime.c"), str(work / "rest.c"))
+    link("libascendcl", str(HERE / "runtime.c"), str(HERE / "profiling.c"), str(work / "rest.c"))
     link("libhccl", str(HERE / "hccl.c"), *runtime)
     link("libopapi", str(HERE / "opapi.c"), "-I", str(HERE), str(work / "kernels.c"), *runtime)
     (work / "empty.c").write_text("")

@@ -6,6 +6,7 @@ heads, tokens within each sequence, unless ``softmax_layout`` asks for tokens, h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,14 +161,18 @@ def _check_attention(
             require(ordered, f"actual_seq_{name}len={ends} are ends in order within {len(tokens)} tokens")
 
 
+@functools.cache
+def _upper() -> Tensor:
+    return torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool).triu(1)
+
+
 def _check_mask(mask: Tensor, mode: int, layout: str) -> None:
     require(mask.dtype in (torch.bool, torch.uint8), f"atten_mask is bool or uint8, not {mask.dtype}")
     require(layout != "TND" or mask.dim() == 2, "atten_mask has 2 dims in the layout TND")
     if mode in (2, 3, 4):
         shape = tuple(mask.shape)
         require(shape[-2:] == (_COMPRESSED, _COMPRESSED), f"sparse_mode={mode} takes the 2048 x 2048 mask, not {shape}")
-        upper = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool).triu(1)
-        same = torch.equal(mask.bool().reshape(-1, _COMPRESSED, _COMPRESSED)[0], upper)
+        same = torch.equal(mask.bool().reshape(-1, _COMPRESSED, _COMPRESSED)[0], _upper())
         require(same, f"sparse_mode={mode} takes the mask whose upper triangle, without the diagonal, is true")
 
 
