@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -59,6 +60,15 @@ def backend(device: torch.device) -> str:
     """Return the process-group backend: the device's own collectives, and gloo for host tensors."""
     name = {"npu": "hccl", "cuda": "nccl"}.get(device.type)
     return f"cpu:gloo,{device.type}:{name}" if name else "gloo"
+
+
+def group_options(device: torch.device, megabytes: int) -> Any:
+    """Return the options of a process group whose communication buffers have this size; None where it is not set."""
+    if device.type != "npu":
+        return None
+    from . import npu
+
+    return npu.group_options(megabytes)
 
 
 def synchronize(device: torch.device) -> None:

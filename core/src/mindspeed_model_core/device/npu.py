@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -26,3 +27,12 @@ def profiler() -> ModuleType:
     import torch_npu
 
     return torch_npu.profiler
+
+
+def group_options(megabytes: int) -> Any:
+    """Return the options of an HCCL group whose two buffers have this size each."""
+    import torch_npu
+
+    options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+    options.hccl_config = {"hccl_buffer_size": megabytes}
+    return options

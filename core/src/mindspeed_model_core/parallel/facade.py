@@ -2,18 +2,20 @@
 
 Two things are scoped as narrowly as Python allows. Six ``torch.cuda`` functions answer for the real device when the
 caller is megatron and do what they always did for anyone else. And a torch-function mode, active only inside
-``facade.active()``, rewrites ``device="cuda"`` literals and ``Tensor.cuda()`` in calls made from megatron. No file or
-attribute of megatron-core is changed, and nothing is installed on CUDA.
+``facade.active()``, rewrites ``device="cuda"`` literals and ``Tensor.cuda()`` in calls made from megatron; so does
+``new_group`` inside ``facade.group_options()``, for options of another backend than NCCL. No file or attribute of
+megatron-core is changed, and nothing is installed on CUDA.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _device: torch.device | None = None
@@ -101,3 +103,25 @@ def active() -> Iterator[None]:
         return
     with _DeviceLiterals(_device):
         yield
+
+
+@contextmanager
+def group_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """Give process groups that megatron makes inside this block their backend's options, by its description of them.
+
+    Its own way to pass options is NCCL's. Without any options nothing is redirected.
+    """
+    if not any(value is not None for value in options.values()):
+        yield
+        return
+    original = dist.new_group
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        found = options.get(str(kwargs.get("group_desc"))) if _called_by_megatron(2) else None
+        return original(*args, **({**kwargs, "pg_options": found} if found is not None else kwargs))
+
+    dist.new_group = new_group
+    try:
+        yield
+    finally:
+        dist.new_group = original

@@ -62,7 +62,7 @@ class _Sizes:
         if order == "TND":
             return [x[a:b].transpose(0, 1) for a, b in spans]
         rows, n = x.view(-1, x.shape[-1]), self.heads
-        return [rows[a * n : b * n].view(n, b - a, -1) for a, b in spans]
+        return [rows[a * n : b * n].view(n, b - a, x.shape[-1]) for a, b in spans]
 
 
 def _whole(ends: Ends) -> list[int]:
@@ -295,12 +295,9 @@ def _attention(
     scale: float = 1.0,
     pre_tockens: int = _EVERY,
     next_tockens: int = _EVERY,
-    inner_precise: int = 0,
     actual_seq_qlen: Ends = None,
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
-    gen_mask_parallel: bool = True,
-    sync: bool = False,
     softmax_layout: str = "",
 ) -> tuple[Tensor | None, ...]:
     lengths = actual_seq_qlen, actual_seq_kvlen
@@ -320,12 +317,9 @@ def _attention_v2(
     scale: float = 1.0,
     pre_tokens: int = _EVERY,
     next_tokens: int = _EVERY,
-    inner_precise: int = 0,
     actual_seq_qlen: Ends = None,
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
-    gen_mask_parallel: bool = True,
-    sync: bool = False,
     pse_type: int = 1,
     softmax_layout: str = "",
 ) -> tuple[Tensor | None, ...]:
@@ -346,12 +340,9 @@ def _attention_v3(
     scale: float = 1.0,
     pre_tockens: int = _EVERY,
     next_tockens: int = _EVERY,
-    inner_precise: int = 0,
     actual_seq_qlen: Ends = None,
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
-    gen_mask_parallel: bool = True,
-    sync: bool = False,
     softmax_layout: str = "",
 ) -> tuple[Tensor | None, ...]:
     lengths = actual_seq_qlen, actual_seq_kvlen
@@ -369,21 +360,15 @@ def _attention_grad(
     input_layout: str,
     softmax_max: Tensor,
     softmax_sum: Tensor,
-    softmax_in: Tensor,
     attention_in: Tensor,
-    seed: int,
-    offset: int,
     pse: Tensor | None = None,
     atten_mask: Tensor | None = None,
     scale_value: float = 1.0,
     pre_tockens: int = _EVERY,
     next_tockens: int = _EVERY,
-    inner_precise: int = 0,
     actual_seq_qlen: Ends = None,
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
-    gen_mask_parallel: bool = True,
-    sync: bool = False,
     softmax_layout: str = "",
 ) -> tuple[Tensor | None, ...]:
     kept = softmax_max, softmax_sum, attention_in
@@ -402,22 +387,15 @@ def _attention_grad_v2(
     input_layout: str,
     softmax_max: Tensor,
     softmax_sum: Tensor,
-    softmax_in: Tensor,
     attention_in: Tensor,
-    seed: int,
-    offset: int,
-    numels: int,
     pse: Tensor | None = None,
     atten_mask: Tensor | None = None,
     scale_value: float = 1.0,
     pre_tokens: int = _EVERY,
     next_tokens: int = _EVERY,
-    inner_precise: int = 0,
     actual_seq_qlen: Ends = None,
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
-    gen_mask_parallel: bool = True,
-    sync: bool = False,
     pse_type: int = 1,
     softmax_layout: str = "",
 ) -> tuple[Tensor | None, ...]:
