@@ -210,7 +210,16 @@ def emulator(session: nox.Session) -> None:
         session.log(f"torch_npu {version} goes to {site.relative_to(ROOT)}")
         site.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=site.parent) as folder:
-            command = [python, "-m", "pip", "install", "--no-deps", "--target", f"{folder}/site", f"torch_npu=={version}"]
+            command = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--no-deps",
+                "--target",
+                f"{folder}/site",
+                f"torch_npu=={version}",
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 session.error(unfetched(version, done.stderr))

@@ -70,10 +70,10 @@ DIFFERENT: dict[str, tuple[Any, str]] = {
     "length": (lambda rank, x: dist.all_reduce(x[: 4 + rank].contiguous()), "all_reduce of 5 elements"),
     "type": (lambda rank, x: dist.all_reduce(x if rank else x.bfloat16()), "type 11"),
     "operation": (lambda rank, x: dist.all_reduce(x) if rank else dist.broadcast(x, 0), "broadcast of"),
-    "reduction": (lambda rank, x: dist.all_reduce(x, op=dist.ReduceOp.MAX if rank else dist.ReduceOp.SUM), "reduction 2"),
+    "reduction": (lambda rank, x: dist.all_reduce(x, op=(dist.ReduceOp.SUM, dist.ReduceOp.MAX)[rank]), "reduction 2"),
     "root": (lambda rank, x: dist.broadcast(x, rank), "root 1"),
-    "fp64": (lambda rank, x: dist.all_reduce(torch.ones(2, dtype=torch.float64, device=x.device)), "Unsupported data type"),
-}  # fmt: skip
+    "fp64": (lambda rank, x: dist.all_reduce(torch.ones_like(x, dtype=torch.float64)), "Unsupported data type"),
+}
 
 
 @pytest.mark.parametrize("what", DIFFERENT)

@@ -20,7 +20,13 @@ TOKENS = 2 * 16  # of a micro-batch of 2
 
 
 def sizes(**parallel: Any) -> dict[str, int]:
-    fields: dict[str, Any] = {"preset": "tiny", "precision": "bf16", "global_batch": 8, "micro_batch": 2, "config": WIDE}
+    fields: dict[str, Any] = {
+        "preset": "tiny",
+        "precision": "bf16",
+        "global_batch": 8,
+        "micro_batch": 2,
+        "config": WIDE,
+    }
     return buffers.sizes(ToyRecipe(**fields, parallel=parallel), MODEL)
 
 
@@ -55,5 +61,5 @@ def test_a_recipe_without_them_keeps_its_digest() -> None:
 )
 def test_mistakes_name_the_field(override: str, said: str) -> None:
     with pytest.raises(UserError) as error:
-        recipes.load(ToyRecipe, "toy_zoo", "small", [override])
+        recipes.load(ToyRecipe, "toy_zoo", "base", [override])
     assert said in str(error.value)

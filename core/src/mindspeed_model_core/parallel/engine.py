@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import facade
 
-
 _DESCRIPTIONS = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pp",

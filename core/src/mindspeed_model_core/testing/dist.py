@@ -37,9 +37,7 @@ def preload(kind: str = "cpu") -> None:
         import_module(name)
 
 
-def _enter(
-    rank: int, world: int, kind: str, function: Callable[..., Any], folder: str, args: Any, kwargs: Any
-) -> None:
+def _enter(rank: int, world: int, kind: str, function: Callable[..., Any], folder: str, args: Any, kwargs: Any) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MINDSPEED_MODEL_DEVICE=kind, OMP_NUM_THREADS="1"
     )
@@ -80,7 +78,9 @@ def run_on(kind: str, function: Callable[..., Any], world: int, *args: Any, **kw
     preload(kind)
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [context.Process(target=_enter, args=(r, world, kind, function, folder, args, kwargs)) for r in range(world)]
+        jobs = [
+            context.Process(target=_enter, args=(r, world, kind, function, folder, args, kwargs)) for r in range(world)
+        ]
         for job in jobs:
             job.start()
         end = time.monotonic() + TIMEOUT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -364,7 +365,9 @@ class ModelSuite(ABC):
 
     def _train_and_clip(self, recipe: Recipe, folder: Path, **options: Any) -> list[tuple[float, float]]:
         out: list[tuple[float, float]] = []
-        train.run(recipe, self.model, folder, watch=[lambda r: out.append((r.loss, r.grad_norm))], **options)
+        train.run(
+            recipe, self.model, folder, watch=[lambda r: out.append((r.loss, r.grad_norm or math.nan))], **options
+        )
         return out
 
     @pytest.mark.npu

@@ -40,17 +40,17 @@ def install(site: Path | str, devices: int = 2) -> None:
     """
     global _site
     site = Path(site).resolve()
-    if _site is not None:
-        if _site != site:
-            raise RuntimeError(f"the NPU emulator is already installed from {_site}")
+    if _site == site:
         return
+    if _site is not None:
+        raise RuntimeError(f"the NPU emulator is already installed from {_site}")
     package = site / "torch_npu"
     if not (package / "version.py").is_file():
         raise UserError(f"{site}: no torch_npu in it; pip install --no-deps --target {site} torch_npu")
     if "torch_npu" in sys.modules:
         raise RuntimeError("torch_npu was imported before the NPU emulator")
-    if torch.cuda.is_available():
-        raise UserError("torch sees a CUDA device, and torch_npu refuses to be the second; set CUDA_VISIBLE_DEVICES=''")
+    if torch.backends.cuda.is_built():
+        raise UserError("this is a torch built for CUDA, beside which torch_npu refuses to load; install the CPU build")
     os.environ[DEVICES] = str(devices)
     # A child process must not load torch_npu by its entry point, before the libraries are there.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"

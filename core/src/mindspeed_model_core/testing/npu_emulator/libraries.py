@@ -46,7 +46,7 @@ def build(package: Path) -> Path:
 
     UserError where there is no C compiler, or where it fails.
     """
-    final = _cache() / f"{_digest(package)}"
+    final = _cache() / _digest(package)
     if final.is_dir():
         return final
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
@@ -88,7 +88,10 @@ def _binaries(package: Path) -> list[Path]:
 def _compile(compiler: str, package: Path, work: Path, out: Path) -> None:
     wanted = {s for binary in _binaries(package) for s in undefined_symbols(binary)}
     wanted = {s for s in wanted if re.match(r"(acl|Msprof|rt[A-Z]|[Hh]ccl)", s)}
-    defined = {n: set(re.findall(r"(?m)^\w[\w \*]*?\b(\w+)\(", (HERE / f"{n}.c").read_text())) for n in ("runtime", "profiling", "hccl")}
+    defined = {
+        n: set(re.findall(r"(?m)^\w[\w \*]*?\b(\w+)\(", (HERE / f"{n}.c").read_text()))
+        for n in ("runtime", "profiling", "hccl")
+    }
     missing = sorted((wanted | SILENT) - set().union(*defined.values()))
     (work / "rest.c").write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in missing))
     kernels = sorted(kernel_names(package / "lib" / "libtorch_npu.so"))

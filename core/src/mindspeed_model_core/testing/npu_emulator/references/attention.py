@@ -146,7 +146,9 @@ def _check_attention(
         require(key.shape[2] % width == 0, f"a head's width {width} divides k's {key.shape[2]} features")
         kv_heads = key.shape[2] // width
         value_width = value.shape[2] // max(kv_heads, 1)
-    require(head_num % kv_heads == 0 and head_num <= 256, f"{head_num} heads (at most 256) share {kv_heads} for k and v")
+    require(
+        head_num % kv_heads == 0 and head_num <= 256, f"{head_num} heads (at most 256) share {kv_heads} for k and v"
+    )
     require(1 <= width <= 768 and value_width <= width, f"widths q {width}, v {value_width}: v no wider, at most 768")
     require(inner_precise in (0, 1, 2), f"inner_precise={inner_precise} is 0, 1 or 2")
     require(0 <= sparse_mode <= 8, f"sparse_mode={sparse_mode} is 0 to 8")

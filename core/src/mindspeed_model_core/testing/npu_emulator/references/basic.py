@@ -161,7 +161,9 @@ def _cross_entropy_backward(
 
 
 @rule("npu_apply_adam_w.out")
-def _check_adam_w(grad: Tensor, amsgrad: bool | None, max_grad_norm: Tensor | None, out: list[Tensor], **_: object) -> None:
+def _check_adam_w(
+    grad: Tensor, amsgrad: bool | None, max_grad_norm: Tensor | None, out: list[Tensor], **_: object
+) -> None:
     require(len(out) == 3, "out is the weight and its two moments")
     require(all(t.dtype == grad.dtype and t.shape == grad.shape for t in out), "grad and out have one shape and type")
     require(not amsgrad or max_grad_norm is not None, "amsgrad needs max_grad_norm")

@@ -66,14 +66,22 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _check_operands(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> None:
     halves = a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
     require(halves, f"both operands are fp16 or both bf16, not {a.dtype} and {b.dtype}")
-    require(a.dim() in dims and b.dim() == 2, f"{a.dim()} and {b.dim()} dims: the first has one of {dims}, the second 2")
+    require(
+        a.dim() in dims and b.dim() == 2, f"{a.dim()} and {b.dim()} dims: the first has one of {dims}, the second 2"
+    )
     require(a.shape[-1] == b.shape[0], f"K agrees: {tuple(a.shape)}, {tuple(b.shape)}")
     require(a.is_contiguous(), "the first operand is not a transposed view")
 
 
 @rule("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base")
 def _check_two_dims(
-    input: Tensor, x2: Tensor, hcom: str, world_size: int, gather_index: int = 0, bias: Tensor | None = None, **_: object
+    input: Tensor,
+    x2: Tensor,
+    hcom: str,
+    world_size: int,
+    gather_index: int = 0,
+    bias: Tensor | None = None,
+    **_: object,
 ) -> None:
     _check_operands(input, x2, (2,))
     require(256 <= input.shape[-1] < 65535, f"K={input.shape[-1]} is from 256 to 65534")
