@@ -78,6 +78,14 @@ def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         libraries.build(tmp_path)
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "version.py").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="file: cannot be written; set XDG_CACHE_HOME"):
+        libraries.build(tmp_path)
+
+
 def test_what_it_cannot_work_with_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=f"{tmp_path}: no torch_npu in it"):
         npu_emulator.install(tmp_path)

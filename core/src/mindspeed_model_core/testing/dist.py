@@ -75,6 +75,9 @@ def run_on(kind: str, function: Callable[..., Any], world: int, *args: Any, **kw
 
     The device must not be in use in this process yet: its state would not survive the fork.
     """
+    module = torch.get_device_module(kind)
+    if kind != "cpu" and module.is_initialized():
+        raise RuntimeError(f"this process uses an {kind} itself, so the processes that it forks cannot")
     preload(kind)
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -52,7 +53,6 @@ def build(package: Path) -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise UserError("the NPU emulator needs a C compiler: neither cc nor gcc is found; install one, or set CC")
-    final.parent.mkdir(parents=True, exist_ok=True)
     # Processes may come here at once: each builds its own and the first to finish gives the folder its name.
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".build-") as work:
         out = Path(work) / "out"
@@ -67,9 +67,17 @@ def build(package: Path) -> Path:
 
 
 def _cache() -> Path:
+    """Return a folder of this user's own to keep what was built in: the user's cache, else below TMPDIR."""
     named = os.environ.get("XDG_CACHE_HOME")
-    base = Path(named) if named else Path(tempfile.gettempdir()) / f"mindspeed-{os.getuid()}"
-    return base / "mindspeed-npu-emulator"
+    choices = [Path(named)] if named else [Path.home() / ".cache", Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"]
+    for choice in choices:
+        folder = choice / "mindspeed-npu-emulator"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Libraries from here are loaded: nobody else may have made the folder.
+            if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+                return folder
+    raise UserError(f"{choices[-1]}: cannot be written; set XDG_CACHE_HOME to a folder for the NPU emulator's libraries")
 
 
 def _digest(package: Path) -> str:

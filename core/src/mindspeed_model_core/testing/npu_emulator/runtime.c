@@ -402,12 +402,6 @@ int aclrtMemsetAsync(void *to, size_t room_there, int32_t value, size_t bytes, v
   return aclrtMemset(to, room_there, value, bytes);
 }
 
-/* What a device's memory is used for beside PyTorch: nothing. */
-int aclrtGetMemUsageInfo(int32_t number, void *out, size_t room_there, size_t *found) {
-  *found = 0;
-  return OK;
-}
-
 /* --- descriptors of the older operator path: opaque here; its launches refuse */
 
 void *aclCreateTensorDesc(int type, int dims, const int64_t *sizes, int format) { return calloc(1, 64); }
