@@ -242,9 +242,12 @@ def unfetched(version: str, said: str) -> str:
 @per_package(having("npu"), requires=["dev", "emulator"], default=False)
 def npu(session: nox.Session, package: str) -> None:
     """Run the Ascend path on emulated NPUs: torch_npu's own code without the hardware; fails where it cannot."""
-    plugin = f"{module('core')}.testing.npu_emulator.plugin"
+    plugin, tests = f"{module('core')}.testing.npu_emulator.plugin", PACKAGES[package] / "tests"
     os.environ["MINDSPEED_EMULATOR_SITE"] = str(npu_site()[1])
-    pytest(session, str(PACKAGES[package] / "tests"), "-p", plugin, "-m", "npu", "--durations=5")
+    pytest(session, str(tests), "-p", plugin, "-m", "npu", "--durations=5")
+    if (tests / "device").is_dir() and not session.posargs:
+        # What a real device must pass in one process, in a process of its own: after it none could be forked.
+        pytest(session, str(tests / "device"), "-p", plugin, "-m", "device")
 
 
 def hardware(session: nox.Session) -> tuple[str, str]:

@@ -77,7 +77,9 @@ def _cache() -> Path:
             # Libraries from here are loaded: nobody else may have made the folder.
             if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
                 return folder
-    raise UserError(f"{choices[-1]}: cannot be written; set XDG_CACHE_HOME to a folder for the NPU emulator's libraries")
+    raise UserError(
+        f"{choices[-1]}: cannot be written; set XDG_CACHE_HOME to a folder for the NPU emulator's libraries"
+    )
 
 
 def _digest(package: Path) -> str:
