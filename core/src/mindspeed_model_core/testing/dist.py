@@ -21,6 +21,8 @@ from ..parallel import facade
 
 TIMEOUT = 120.0
 _NEEDED = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel",
     "megatron.core.transformer",
