@@ -236,7 +236,7 @@ def unfetched(version: str, said: str) -> str:
             f"there is {listed[1]}"
         )
     last = [line for line in said.splitlines() if line.strip()] or ["pip said nothing"]
-    return f"torch_npu {version} cannot be fetched, so the npu tier cannot run: {last[-1].removeprefix('ERROR: ')}"
+    return f"torch_npu {version} cannot be fetched, so the npu tier cannot run: {last[-1].removeprefix('ERROR: ')} (can pip reach an index?)"
 
 
 @per_package(having("npu"), requires=["dev", "emulator"], default=False)

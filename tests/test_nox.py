@@ -63,8 +63,8 @@ def test_why_torch_npu_cannot_be_fetched_is_said() -> None:
     none = (
         "ERROR: Could not find a version (from versions: none)\nERROR: No matching distribution found for torch_npu==9"
     )
-    assert NOXFILE.unfetched("9", none).endswith("cannot run: No matching distribution found for torch_npu==9")
-    assert NOXFILE.unfetched("9", "").endswith("pip said nothing")
+    assert NOXFILE.unfetched("9", none).endswith("found for torch_npu==9 (can pip reach an index?)")
+    assert "pip said nothing" in NOXFILE.unfetched("9", "")
 
 
 def test_torch_npu_is_pinned_with_torch_and_goes_beside_the_environment() -> None:
