@@ -235,8 +235,9 @@ def unfetched(version: str, said: str) -> str:
             f"there is no torch_npu {version} for this Python and machine, which torch in constraints.txt needs; "
             f"there is {listed[1]}"
         )
-    last = [line for line in said.splitlines() if line.strip()] or ["pip said nothing"]
-    return f"torch_npu {version} cannot be fetched, so the npu tier cannot run: {last[-1].removeprefix('ERROR: ')} (can pip reach an index?)"
+    lines = [line for line in said.splitlines() if line.strip()] or ["pip said nothing"]
+    last = f"{lines[-1].removeprefix('ERROR: ')} (can pip reach an index?)"
+    return f"torch_npu {version} cannot be fetched, so the npu tier cannot run: {last}"
 
 
 @per_package(having("npu"), requires=["dev", "emulator"], default=False)
