@@ -181,6 +181,76 @@ def parity(session: nox.Session, package: str) -> None:
     pytest(session, str(PACKAGES[package] / "tests"), "-m", "parity")
 
 
+def npu_site() -> tuple[str, Path]:
+    """Return the version of torch_npu that constraints.txt pins, and the folder it is in: beside the environment.
+
+    In it, torch_npu would make every import of torch fail where there is no CANN.
+    """
+    pinned = re.search(r"(?m)^torch_npu==(\S+)", CONSTRAINTS.read_text(encoding="utf-8"))
+    assert pinned, "constraints.txt pins no torch_npu"
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return pinned[1], ROOT / ".nox" / "npu" / f"torch_npu-{pinned[1]}-{python}"
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def emulator(session: nox.Session) -> None:
+    """Fetch torch_npu (44 MB, once) and build what stands in for CANN, for the npu tier; says so where it cannot."""
+    version, site = npu_site()
+    python = str(DEV / "bin" / "python")
+    code = "import torch; print(torch.__version__.partition('+')[0], torch.backends.cuda.is_built())"
+    torch, cuda = str(session.run(python, "-c", code, external=True, silent=True)).split()[-2:]
+    if version.partition(".post")[0] != torch:
+        session.error(f"constraints.txt pins torch_npu {version}, which needs that torch; .nox/dev has torch {torch}")
+    if cuda == "True":
+        session.error(
+            "the npu tier needs the CPU build of torch, .nox/dev has one for CUDA: remove .nox/dev, and run again with "
+            "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment"
+        )
+    if not site.is_dir():
+        session.log(f"torch_npu {version} goes to {site.relative_to(ROOT)}")
+        site.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=site.parent) as folder:
+            command = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--no-deps",
+                "--target",
+                f"{folder}/site",
+                f"torch_npu=={version}",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                session.error(unfetched(version, done.stderr))
+            os.replace(f"{folder}/site", site)
+    run(session, "python", "-m", f"{module('core')}.testing.npu_emulator", str(site), "2")
+
+
+def unfetched(version: str, said: str) -> str:
+    """Return why pip could not install torch_npu, from what it said."""
+    listed = re.search(r"from versions: (.*?)\)", said)
+    if listed and listed[1] != "none":
+        return (
+            f"there is no torch_npu {version} for this Python and machine, which torch in constraints.txt needs; "
+            f"there is {listed[1]}"
+        )
+    lines = [line for line in said.splitlines() if line.strip()] or ["pip said nothing"]
+    last = f"{lines[-1].removeprefix('ERROR: ')} (can pip reach an index?)"
+    return f"torch_npu {version} cannot be fetched, so the npu tier cannot run: {last}"
+
+
+@per_package(having("npu"), requires=["dev", "emulator"], default=False)
+def npu(session: nox.Session, package: str) -> None:
+    """Run the Ascend path on emulated NPUs: torch_npu's own code without the hardware; fails where it cannot."""
+    plugin, tests = f"{module('core')}.testing.npu_emulator.plugin", PACKAGES[package] / "tests"
+    os.environ["MINDSPEED_EMULATOR_SITE"] = str(npu_site()[1])
+    pytest(session, str(tests), "-p", plugin, "-m", "npu", "--durations=5")
+    if (tests / "device").is_dir() and not session.posargs:
+        # What a real device must pass in one process, in a process of its own: after it none could be forked.
+        pytest(session, str(tests / "device"), "-p", plugin, "-m", "device")
+
+
 def hardware(session: nox.Session) -> tuple[str, str]:
     """Return the kind of device that runs would use here, and its name."""
     code = "from mindspeed_model_core import device as d; here = d.pick(); print(here.type, d.name(here))"

@@ -107,3 +107,21 @@ def test_nox_takes_the_pythons_of_the_packages() -> None:
     low, high = (".".join(map(str, v)) for v in NOXFILE.PYTHONS)
     for folder in PACKAGES.values():
         assert SpecifierSet(project(folder)["project"]["requires-python"]) == SpecifierSet(f">={low},<{high}")
+
+
+def test_cores_wheel_holds_the_emulators_sources(tmp_path: Path) -> None:
+    """Sources in C are no modules, so nothing else would miss them."""
+    import zipfile
+
+    from poetry.core.masonry import api
+
+    before = Path.cwd()
+    os.chdir(PACKAGES["core"])
+    try:
+        built = api.build_wheel(str(tmp_path))
+    finally:
+        os.chdir(before)
+    held = {Path(name).name for name in zipfile.ZipFile(tmp_path / built).namelist() if "/npu_emulator/" in name}
+    folder = PACKAGES["core"] / "src" / "mindspeed_model_core" / "testing" / "npu_emulator"
+    there = {p.name for p in folder.rglob("*") if p.suffix in (".c", ".h", ".py")}
+    assert {"runtime.c", "hccl.c", "opapi.c", "emulator.h"} <= there <= held

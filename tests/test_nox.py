@@ -52,3 +52,29 @@ def test_selecting_no_test_fails(monkeypatch) -> None:
 
     NOXFILE.pytest(Session(), "tests", "-m", "unit")
     assert asked["args"][-2:] == ("-k", "tyop") and 5 not in asked.get("success_codes", (0,))
+
+
+def test_why_torch_npu_cannot_be_fetched_is_said() -> None:
+    listed = (
+        "ERROR: Could not find a version that satisfies the requirement torch_npu==9 (from versions: 2.7.1, 2.13.0)"
+    )
+    said = NOXFILE.unfetched("9", f"{listed}\nERROR: No matching distribution found for torch_npu==9\n")
+    assert said.startswith("there is no torch_npu 9 for this Python") and said.endswith("there is 2.7.1, 2.13.0")
+    none = (
+        "ERROR: Could not find a version (from versions: none)\nERROR: No matching distribution found for torch_npu==9"
+    )
+    assert NOXFILE.unfetched("9", none).endswith("found for torch_npu==9 (can pip reach an index?)")
+    assert "pip said nothing" in NOXFILE.unfetched("9", "")
+
+
+def test_torch_npu_is_pinned_with_torch_and_goes_beside_the_environment() -> None:
+    import re
+
+    version, site = NOXFILE.npu_site()
+    torch = re.search(r"(?m)^torch==(\S+)", NOXFILE.CONSTRAINTS.read_text(encoding="utf-8"))
+    assert torch and version.partition(".post")[0] == torch[1]
+    assert not site.is_relative_to(NOXFILE.DEV)
+
+
+def test_every_model_has_the_npu_tier() -> None:
+    assert set(NOXFILE.having("npu")) == set(PACKAGES)

@@ -191,10 +191,11 @@ def measure(recipe: Recipe, model: Model, *, steps: int = 10, warmup: int = 3, s
         raise UserError(f"steps={steps}, warmup={warmup}: measure needs steps of 1 or more and warmup of 0 or more")
     if session is not None:
         return _measure(recipe, model, session, steps, warmup)
+    from .parallel import buffers
     from .parallel.mesh import close_mesh, open_mesh
     from .train import Session
 
-    mesh = open_mesh(recipe.parallel)
+    mesh = open_mesh(recipe.parallel, buffers=buffers.sizes(recipe, model))
     changes: dict[str, Any] = {"init_from": None}
     if recipe.lora is not None:
         changes["lora"] = recipe.lora.model_copy(update={"init_from": None})

@@ -38,6 +38,27 @@ def local(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"digest": False}, **kwargs)
 
 
+def optional(default: Any = None, **kwargs: Any) -> Any:
+    """Declare a field that enters the digest only when it is set: recipes from before it keep theirs."""
+    return Field(default, json_schema_extra={"digest": "set"}, **kwargs)
+
+
+class HcclBuffers(Section):
+    """Sizes in MB of HCCL's buffers, by the group that they belong to; null: HCCL_BUFFSIZE, 200 where it is not set."""
+
+    auto: bool = Field(False, description="tp, cp and pp, where not named, as large as a micro-batch's messages")
+    tp: PositiveInt | None = Field(None, description="MB of the tensor-parallel groups")
+    cp: PositiveInt | None = Field(None, description="MB of the context-parallel groups")
+    pp: PositiveInt | None = Field(None, description="MB of the pipeline groups")
+    dp: PositiveInt | None = Field(None, description="MB of the data-parallel groups")
+    replicas: PositiveInt | None = Field(None, description="MB of the groups that shard and reduce weights (dp x cp)")
+
+    @classmethod
+    def groups(cls) -> tuple[str, ...]:
+        """Return the names of the groups."""
+        return tuple(name for name in cls.model_fields if name != "auto")
+
+
 class ParallelConfig(Section):
     """How the work is spread; the data-parallel size is what is left of the world size."""
 
@@ -48,6 +69,7 @@ class ParallelConfig(Section):
     shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
         "none", description="what data parallelism shards: optimizer states, gradients too, weights too"
     )
+    hccl_buffers: HcclBuffers | None = optional(description="communication buffers, on Ascend alone; null: HCCL's own")
 
     @property
     def model(self) -> int:
@@ -66,11 +88,6 @@ class ParallelConfig(Section):
         if self.sequence and self.tp == 1:
             raise ValueError("sequence=true needs tp of 2 or more; set parallel.sequence=false or raise parallel.tp")
         return self
-
-
-def optional(default: Any = None, **kwargs: Any) -> Any:
-    """Declare a field that enters the digest only when it is set: recipes from before it keep theirs."""
-    return Field(default, json_schema_extra={"digest": "set"}, **kwargs)
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -30,7 +30,7 @@ from .errors import UserError
 from .metrics import Recorder, StepRecord
 from .model import Model
 from .optim import AdamW, learning_rate
-from .parallel import apply, pipeline
+from .parallel import apply, buffers, pipeline
 from .parallel.mesh import Mesh, close_mesh, open_mesh
 from .profile import Profiler
 from .recipe import Recipe
@@ -234,7 +234,7 @@ def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = Fal
     recipe, data or weights; nothing is written or changed before the first step is done. A mistake in the data met
     later saves before it ends; a loss or gradient norm that is not finite ends the run with what was saved before it.
     """
-    mesh = open_mesh(recipe.parallel)
+    mesh = open_mesh(recipe.parallel, buffers=buffers.sizes(recipe, model))
     _check_profile(recipe, mesh.world)
     done = _run(recipe, model, mesh, Path(run_dir), resume, watch)
     # Not after an error: the other ranks may be anywhere, and leaving the group would wait for them.

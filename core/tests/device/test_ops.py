@@ -5,18 +5,18 @@ import torch
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import ops
 
-DEVICE = devices.pick()
 BOUND = {torch.float32: 2e-3, torch.bfloat16: 4e-2}  # fp32 products may run as TF32
 
 
 def check(function, inputs, dtype):
     """Compare value and gradients; differences as a share of the largest wanted value."""
+    device = devices.pick()
     exact = [x.double().requires_grad_() for x in inputs]
-    here = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
+    here = [x.to(device, dtype).requires_grad_() for x in inputs]
     want, got = function(*exact), function(*here)
     weight = torch.randn(want.shape, dtype=torch.float64)
     pairs = [(got, want)]
-    grads = torch.autograd.grad((got * weight.to(DEVICE, got.dtype)).sum(), here)
+    grads = torch.autograd.grad((got * weight.to(device, got.dtype)).sum(), here)
     pairs += zip(grads, torch.autograd.grad((want * weight).sum(), exact), strict=True)
     for a, b in pairs:
         far = (a.detach().cpu().double() - b.detach()).abs().max() / b.detach().abs().max()

@@ -198,7 +198,7 @@ def test_the_group_is_left_only_after_success(ticks, monkeypatch, fails):
     opened = SimpleNamespace(mesh=mesh, task=session.task, start=lambda: None, step=session.step)
     if fails:
         monkeypatch.setattr(opened, "start", lambda: 1 / 0)
-    monkeypatch.setattr("mindspeed_model_core.parallel.mesh.open_mesh", lambda parallel: mesh)
+    monkeypatch.setattr("mindspeed_model_core.parallel.mesh.open_mesh", lambda parallel, buffers: mesh)
     monkeypatch.setattr("mindspeed_model_core.parallel.mesh.close_mesh", closed.append)
     monkeypatch.setattr("mindspeed_model_core.train.Session", lambda *args, **kwargs: opened)
     with pytest.raises(ZeroDivisionError) if fails else nullcontext():

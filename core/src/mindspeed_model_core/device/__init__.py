@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -59,6 +61,15 @@ def backend(device: torch.device) -> str:
     """Return the process-group backend: the device's own collectives, and gloo for host tensors."""
     name = {"npu": "hccl", "cuda": "nccl"}.get(device.type)
     return f"cpu:gloo,{device.type}:{name}" if name else "gloo"
+
+
+def group_options(device: torch.device, megabytes: int) -> Any:
+    """Return the options of a process group whose communication buffers have this size; None where it is not set."""
+    if device.type != "npu":
+        return None
+    from . import npu
+
+    return npu.group_options(megabytes)
 
 
 def synchronize(device: torch.device) -> None:
@@ -117,7 +128,9 @@ def memory_snapshot(device: torch.device, path: Path) -> bool:
     """Write the recorded allocations to ``path`` and stop recording; False where there is none."""
     if device.type == "cpu":
         return False
-    module(device).memory._dump_snapshot(str(path))
+    # Not by _dump_snapshot: torch_npu's also leaves a table of its own in the working folder, or starts a profiler.
+    with path.open("wb") as file:
+        pickle.dump(module(device).memory._snapshot(), file)
     module(device).memory._record_memory_history(enabled=None)
     return True
 
@@ -131,5 +144,6 @@ def be_deterministic() -> None:
     """Make reruns bit-identical: deterministic kernels only, one autotuning result, fixed workspaces."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    os.environ.setdefault("CLOSE_MATMUL_K_SHIFT", "1")  # Ascend: sums of a product in one order
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

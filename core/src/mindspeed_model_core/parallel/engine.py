@@ -8,7 +8,7 @@ facade is in place, so that a single device never pays for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,9 +18,21 @@ from torch import Tensor
 
 from . import facade
 
+_DESCRIPTIONS = {
+    "TENSOR_MODEL_PARALLEL_GROUP": "tp",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
+    "CONTEXT_PARALLEL_GROUP": "cp",
+    "DATA_PARALLEL_GROUP": "dp",
+    "DATA_PARALLEL_GROUP_WITH_CP": "replicas",
+}
+"""What megatron-core calls the groups that ``groups`` returns."""
 
-def initialise(tp: int, cp: int, pp: int, device: torch.device) -> None:
-    """Split the initialised default process group into tensor, context, pipeline and data-parallel groups."""
+
+def initialise(tp: int, cp: int, pp: int, device: torch.device, options: Mapping[str, Any] | None = None) -> None:
+    """Split the initialised default process group into tensor, context, pipeline and data-parallel groups.
+
+    ``options`` are the backend's options of groups by their axis, as ``groups`` names them.
+    """
     facade.install(device)
     # It tells of accelerations that nothing here uses, and how to start its own trainer.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -30,9 +42,11 @@ def initialise(tp: int, cp: int, pp: int, device: torch.device) -> None:
     )
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
-    )
+    named = options or {}
+    with facade.group_options({text: named.get(axis) for text, axis in _DESCRIPTIONS.items()}):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+        )
 
 
 def finalise() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,8 +90,13 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
-    """Join the process group named by torchrun's environment, if any, and arrange it as the recipe says."""
+def open_mesh(
+    parallel: ParallelConfig, device: torch.device | None = None, *, buffers: Mapping[str, int] | None = None
+) -> Mesh:
+    """Join the process group named by torchrun's environment, if any, and arrange it as the recipe says.
+
+    ``buffers`` are the MB of a group's communication buffers by its name, where the device has such a setting.
+    """
     device = device or devices.pick()
     if launched() and not dist.is_initialized():
         dist.init_process_group(devices.backend(device), timeout=datetime.timedelta(minutes=30))
@@ -104,7 +110,8 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     world, model = dist.get_world_size(), parallel.model
     if world % model:
         raise UserError(f"{parallel.product} does not divide the {world} processes; start a multiple of {model}")
-    engine.initialise(parallel.tp, parallel.cp, parallel.pp, device)
+    options = {name: devices.group_options(device, size) for name, size in (buffers or {}).items()}
+    engine.initialise(parallel.tp, parallel.cp, parallel.pp, device, options)
     groups = engine.groups()
     host = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
     return Mesh(

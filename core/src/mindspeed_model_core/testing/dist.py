@@ -1,4 +1,4 @@
-"""Runs a function in several gloo processes, forked after the imports are paid for."""
+"""Runs a function in several processes of this machine, forked after the imports are paid for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from .. import device as devices
 from ..parallel import facade
 
 TIMEOUT = 120.0
 _NEEDED = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel",
     "megatron.core.transformer",
@@ -28,23 +31,23 @@ _NEEDED = (
 )
 
 
-def preload() -> None:
+def preload(kind: str = "cpu") -> None:
     """Import what the forked processes will need, once."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    facade.install(torch.device("cpu"))
+    facade.install(torch.device(kind))
     for name in _NEEDED:
         import_module(name)
 
 
-def _enter(rank: int, world: int, function: Callable[..., Any], folder: str, args: Any, kwargs: Any) -> None:
+def _enter(rank: int, world: int, kind: str, function: Callable[..., Any], folder: str, args: Any, kwargs: Any) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MINDSPEED_MODEL_DEVICE="cpu", OMP_NUM_THREADS="1"
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MINDSPEED_MODEL_DEVICE=kind, OMP_NUM_THREADS="1"
     )
     torch.set_num_threads(1)
     status = 1
     try:
         dist.init_process_group(
-            "gloo",
+            devices.backend(devices.pick()),
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world,
@@ -66,10 +69,23 @@ def run_dist(function: Callable[..., Any], world: int, *args: Any, **kwargs: Any
 
     Raises AssertionError with the first failing rank's traceback, or when they take longer than two minutes.
     """
-    preload()
+    return run_on("cpu", function, world, *args, **kwargs)
+
+
+def run_on(kind: str, function: Callable[..., Any], world: int, *args: Any, **kwargs: Any) -> list[Any]:
+    """Run as ``run_dist`` does, each process on its own device of a kind: ``cpu``, or ``npu`` on the emulator.
+
+    The device must not be in use in this process yet: its state would not survive the fork.
+    """
+    module = torch.get_device_module(kind)
+    if kind != "cpu" and module.is_initialized():
+        raise RuntimeError(f"this process uses an {kind} itself, so the processes that it forks cannot")
+    preload(kind)
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [context.Process(target=_enter, args=(r, world, function, folder, args, kwargs)) for r in range(world)]
+        jobs = [
+            context.Process(target=_enter, args=(r, world, kind, function, folder, args, kwargs)) for r in range(world)
+        ]
         for job in jobs:
             job.start()
         end = time.monotonic() + TIMEOUT

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +28,9 @@ from ..parallel import apply
 from ..parallel.mesh import Mesh
 from ..recipe import ParallelConfig, Recipe
 from ..trunk import Batch, Trunk
+from . import npu_emulator
 from .crew import TIMEOUT, Crew, crew, train_losses
-from .dist import run_dist
+from .dist import run_dist, run_on
 from .equivalence import LAYOUTS, Job, assert_equivalent, trace
 from .tolerance import FP32, FP64, assert_close
 
@@ -70,6 +73,13 @@ def needs_two_accelerators() -> None:
 def _assert_same_losses(spread: list[float], alone: list[float]) -> None:
     assert len(alone) == 4
     assert all(abs(a / b - 1) < 1e-4 for a, b in zip(spread, alone, strict=True)), (spread, alone)
+
+
+EMULATED = ("tp2", "tp2-sequence", "pp2", "cp2", "dp2-zero3")
+"""Layouts that are also run on emulated NPUs: each kind of communication, and sharding, over two processes."""
+needs_emulator = pytest.mark.skipif(
+    not npu_emulator.installed(), reason="needs the NPU emulator, which nox -s npu installs"
+)
 
 
 class ModelSuite(ABC):
@@ -341,6 +351,58 @@ class ModelSuite(ABC):
             assert len(got) == 2
             assert all(abs(a - b) <= FP64 * abs(b) for a, b in zip(got, losses[2:], strict=True)), (layout, got, losses)
 
+    # ------------------------------------------------------------------- npu
+
+    @pytest.mark.npu
+    @needs_emulator
+    def test_emulated_npus_equal_the_cpu(self, emulated: str, tmp_path: Path) -> None:
+        """Losses and gradient norms are the CPU's, and a run saved on the NPU goes on there and on the CPU alike."""
+        world, layout = {"one": (1, {}), **self.layouts}[emulated]
+        start, config = tmp_path / "start", self.config(**self.spread)
+        # Each kind of device draws other random weights.
+        weights.save(open_net(self.model, config).named_parameters(), config, self.model.layouts[0], start)
+        saving = {"every": 2, "keep": 9}
+        fields: dict[str, Any] = {"init_from": str(start), "steps": 4, "config": self.spread, "checkpoint": saving}
+        here = self.recipe(tmp_path, **fields, parallel=layout)
+        there = self.recipe(tmp_path, **fields)
+        want = run_on("cpu", self._train_and_clip, 1, there, tmp_path / "cpu")[0]
+        got = run_on("npu", self._train_and_clip, world, here, tmp_path / "npu")[0]
+        assert len(want) == 4
+        _assert_alike(got, want)
+        for kind, ranks, recipe in (("npu", world, here), ("cpu", 1, there)):
+            folder = tmp_path / f"from-npu-on-{kind}"
+            shutil.copytree(tmp_path / "npu", folder)
+            shutil.rmtree(folder / "checkpoints" / "step-00000004")
+            _assert_alike(run_on(kind, self._train_and_clip, ranks, recipe, folder, resume=True)[0], want[2:])
+
+    def _train_and_clip(self, recipe: Recipe, folder: Path, **options: Any) -> list[tuple[float, float]]:
+        out: list[tuple[float, float]] = []
+        train.run(
+            recipe, self.model, folder, watch=[lambda r: out.append((r.loss, r.grad_norm or math.nan))], **options
+        )
+        return out
+
+    @pytest.mark.npu
+    @needs_emulator
+    def test_bf16_and_recomputation_on_an_emulated_npu(self, tmp_path: Path) -> None:
+        start, config = tmp_path / "start", self.config(**self.spread)
+        weights.save(open_net(self.model, config).named_parameters(), config, self.model.layouts[0], start)
+        fields: dict[str, Any] = {"init_from": str(start), "steps": 3, "config": self.spread, "precision": "bf16"}
+        fields |= {"recompute": "all", "deterministic": True}
+        recipe = self.recipe(tmp_path, **fields)
+        want = run_on("cpu", self._train_and_clip, 1, recipe, tmp_path / "cpu")[0]
+        got = [run_on("npu", self._train_and_clip, 1, recipe, tmp_path / name)[0] for name in ("one", "two")]
+        assert len(want) == 3 and got[0] == got[1]
+        assert all(abs(a / b - 1) < 0.02 for (a, _), (b, _) in zip(got[0], want, strict=True)), (got, want)
+
+    @pytest.mark.npu
+    @needs_emulator
+    def test_the_command_line_trains_on_two_emulated_npus(self, tmp_path: Path) -> None:
+        """Through the launcher, with its own processes, in bf16, and with buffers of HCCL as the recipe says."""
+        parallel = {"shard": "zero3", "hccl_buffers": {"auto": True, "replicas": 16}}
+        losses = self._launch(tmp_path, 2, parallel, precision="bf16", config=self.spread)
+        assert len(losses) == 4 and all(0 < loss < 100 for loss in losses)
+
     # ---------------------------------------------------------------- device
 
     @pytest.mark.device
@@ -373,7 +435,7 @@ class ModelSuite(ABC):
 
     def assert_pair_equals_one(self, two: Crew, pair: str, folder: Path) -> None:
         """Fail unless the crew of two trains under a layout as this process does alone: losses of four steps."""
-        world, fields = self.layouts[pair]
+        world, fields = {**LAYOUTS, **self.layouts}[pair]
         assert world == two.world
         alone = self._train(self._pair_recipe(folder, {}), folder / "alone")
         spread = two.run(pair, train_losses, self.where, self._pair_recipe(folder, fields), folder / "spread")[0]
@@ -384,15 +446,19 @@ class ModelSuite(ABC):
         """The command line starts a process per device, and they train what one does."""
         needs_two_accelerators()
         alone = self._train(self._pair_recipe(tmp_path, {}), tmp_path / "alone")
-        file, run = tmp_path / "two.yaml", tmp_path / "two"
-        file.write_text(self._pair_recipe(tmp_path, {"shard": "zero3"}).to_yaml())
-        command = [sys.executable, "-m", self.model.package, "train", str(file), "--run-dir", str(run)]
-        done = subprocess.run([*command, "--nproc", "2"], capture_output=True, text=True, timeout=TIMEOUT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        _assert_same_losses([record["loss"] for record in metrics.read(run)], alone)
+        _assert_same_losses(self._launch(tmp_path, 2, {"shard": "zero3"}), alone)
 
-    def _pair_recipe(self, folder: Path, parallel: dict[str, Any]) -> Recipe:
-        return self.recipe(folder, steps=4, checkpoint={"every": 2}, parallel=parallel)
+    def _launch(self, folder: Path, devices: int, parallel: dict[str, Any], **fields: Any) -> list[float]:
+        file, run = folder / f"{devices}.yaml", folder / f"run-{devices}"
+        file.write_text(self._pair_recipe(folder, parallel, **fields).to_yaml())
+        emulated = [npu_emulator.__name__, os.environ[npu_emulator.SITE], "2"] if npu_emulator.installed() else []
+        command = [sys.executable, "-m", *emulated, self.model.package, "train", str(file), "--run-dir", str(run)]
+        done = subprocess.run([*command, "--nproc", str(devices)], capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [record["loss"] for record in metrics.read(run)]
+
+    def _pair_recipe(self, folder: Path, parallel: dict[str, Any], **fields: Any) -> Recipe:
+        return self.recipe(folder, steps=4, checkpoint={"every": 2}, parallel=parallel, **fields)
 
     @property
     def where(self) -> str:
@@ -407,11 +473,22 @@ class ModelSuite(ABC):
         recipe = self.recipe(tmp_path, steps=4, precision="bf16", recompute="all", profile=profile)
         assert len(self._train(recipe, tmp_path / "run")) == 4
         written = [p.name for p in (tmp_path / "run" / "profile").rglob("*") if p.is_file()]
-        assert any(".pt.trace.json" in name for name in written), written
+        # torch_npu's profiler has a name of its own for the trace.
+        assert any(".pt.trace.json" in name or name == "trace_view.json" for name in written), written
         assert any("memory" in name for name in written), written
 
 
+def _assert_alike(got: list[tuple[float, float]], want: list[tuple[float, float]]) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert all(abs(x - y) <= 10 * FP32 * abs(y) for x, y in zip(a, b, strict=True)), (got, want)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the layout test once for each of the suite's layouts; packages import this into their conftest."""
-    if "layout" in metafunc.fixturenames and metafunc.cls is not None:
+    """Run the layout tests once for each of the suite's layouts; packages import this into their conftest."""
+    if metafunc.cls is None:
+        return
+    if "layout" in metafunc.fixturenames:
         metafunc.parametrize("layout", list(metafunc.cls.layouts))
+    if "emulated" in metafunc.fixturenames:
+        metafunc.parametrize("emulated", ["one", *(name for name in metafunc.cls.layouts if name in EMULATED)])
