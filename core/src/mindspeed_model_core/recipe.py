@@ -39,7 +39,7 @@ def local(default: Any, **kwargs: Any) -> Any:
 
 
 def optional(default: Any = None, **kwargs: Any) -> Any:
-    """Declare a field that enters the digest only when it is set: recipes from before it keep theirs."""
+    """Declare a field that enters the digest only when it is not its default: recipes from before it keep theirs."""
     return Field(default, json_schema_extra={"digest": "set"}, **kwargs)
 
 
@@ -185,6 +185,9 @@ class Recipe(Section):
         "nothing", description="what recomputed blocks keep all the same: attention's results are small and dear"
     )
     deterministic: bool = False
+    optimization_level: Literal[0, 1, 2] = optional(
+        2, description="0: plain formulas; 1: fused ops; 2: also communication that overlaps computation"
+    )
     lora: LoraConfig | None = optional(description="train adapters instead of the weights, which init_from names")
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -240,7 +243,7 @@ def _work(section: BaseModel) -> dict[str, Any]:
         if isinstance(extra, dict) and extra.get("digest") is False:
             continue
         value = getattr(section, name)
-        if value is None and isinstance(extra, dict) and extra.get("digest") == "set":
+        if value == field.default and isinstance(extra, dict) and extra.get("digest") == "set":
             continue
         out[name] = _work(value) if isinstance(value, BaseModel) else section.model_dump(mode="json")[name]
     return out

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import adapters, checkpoint, lora, profile, weights
+from . import adapters, checkpoint, lora, ops, profile, weights
 from . import device as devices
 from .data.slots import CONTENT
 from .data.tokenizer import keep_tokenizer, recipe_tokenizer
@@ -147,9 +147,10 @@ class Session:
         count = torch.full((), float(terms), device=mesh.device)
         work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
         batches = [task.encode(_to(batch, mesh.device)) for batch in batches]
-        loss = pipeline.run(self.parallel, batches, task.loss, count)
-        self.parallel.gradients.reduce()
-        norm = self.optimizer.step(learning_rate(recipe.optim, self.number, recipe.steps))
+        with ops.at_level(recipe.optimization_level):
+            loss = pipeline.run(self.parallel, batches, task.loss, count)
+            self.parallel.gradients.reduce()
+            norm = self.optimizer.step(learning_rate(recipe.optim, self.number, recipe.steps))
         self.parallel.gradients.clear()
         return self._totals(loss, count, norm, work)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import ops
+from mindspeed_model_core.testing import op_cases
+from mindspeed_model_core.testing.op_cases.case import in_types
 
 BOUND = {torch.float32: 2e-3, torch.bfloat16: 4e-2}  # fp32 products may run as TF32
 
@@ -35,12 +37,17 @@ def test_attention(dtype, width, heads, kv, lengths, causal):
     check(lambda q, k, v: ops.attention(q, k, v, lengths, causal=causal), inputs, dtype)
 
 
+@pytest.mark.parametrize(("case", "dtype"), in_types(op_cases.CASES, BOUND))
+def test_every_op_equals_its_formula(case, dtype):
+    for level in (0, 2):
+        with ops.at_level(level):
+            op_cases.check(case, devices.pick(), dtype, BOUND[dtype])
+
+
 @pytest.mark.parametrize("dtype", BOUND)
 def test_the_rest(dtype):
     torch.manual_seed(0)
-    x, w = torch.randn(70, 96), torch.randn(96)
-    check(lambda x, w: ops.rms_norm(x, w, 1e-5), [x, w], dtype)
-    check(ops.swiglu, [x], dtype)
+    x = torch.randn(70, 96)
     heads, positions = torch.randn(70, 3, 32), torch.arange(70)
     check(lambda h: ops.rope(h, *ops.rope_tables(positions.to(h.device), 32, 1e4)), [heads], dtype)
     labels = torch.randint(96, (70,))

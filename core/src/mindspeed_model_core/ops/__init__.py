@@ -6,15 +6,22 @@ from .loss import cross_entropy
 from .norm import layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
 from .swiglu import swiglu
+from .table import TABLE, Entry, Op, at_level, level, op
 
 __all__ = [
+    "TABLE",
+    "Entry",
+    "Op",
     "adaln",
+    "at_level",
     "attention",
     "cross_entropy",
     "full_attention",
     "gated_add",
     "grid_rope_tables",
     "layer_norm",
+    "level",
+    "op",
     "rms_norm",
     "rms_norm_given",
     "rope",

@@ -6,10 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .table import FLOATS, op
 
+
+@op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@rms_norm.on(
+    "npu",
+    "npu_rms_norm npu_rms_norm_backward",
+    when="fp16, bf16, fp32; scale of the same type",
+    takes=lambda x, weight, eps: x.dtype in FLOATS and weight.dtype == x.dtype,
+)
+def _npu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]  # type: ignore[no-any-return]
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

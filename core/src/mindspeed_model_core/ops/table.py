@@ -1,0 +1,138 @@
+"""The table of ops: each has a reference formula and, on some devices, a function that serves it better.
+
+An op is called like its reference; the first tensor's device picks what serves it. The optimization level says how far
+to go: 0 the reference, 1 fused ops, 2 also those that overlap communication with computation.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, nearest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+VARIABLE = "MINDSPEED_MODEL_OPS"
+"""Set to ``reference``, it keeps a whole process at level 0, whatever its recipe says."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""The types that kernels of accelerators take."""
+TABLE: dict[str, Op[Any, Any]] = {}
+"""Every op by its name."""
+_level = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What serves an op on a kind of device.
+
+    ``calls`` are the library functions it is made of, ``when`` says in words for which operands, and ``takes`` decides
+    it from the op's arguments. ``level`` is the optimization level from which it is used.
+    """
+
+    function: Callable[..., Any]
+    calls: tuple[str, ...]
+    when: str
+    takes: Callable[..., bool]
+    level: int
+
+
+class Op(Generic[P, R]):
+    """A function with one signature on every device; made by ``op`` from its reference."""
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        functools.update_wrapper(self, reference)
+        self.name = reference.__name__
+        self.reference = reference
+        self.entries: dict[str, list[Entry]] = {}
+        TABLE[self.name] = self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Compute with what serves these operands on their device."""
+        entry = self.serving(_kind(args[0]), *args, **kwargs)
+        function = self.reference if entry is None else entry.function
+        return function(*args, **kwargs)
+
+    def serving(self, kind: str, *args: Any, **kwargs: Any) -> Entry | None:
+        """Return the entry that serves these arguments on a kind of device; None: the reference."""
+        wanted = level()
+        for entry in self.entries.get(kind, ()):
+            if entry.level <= wanted and entry.takes(*args, **kwargs):
+                return entry
+        return None
+
+    def on(
+        self,
+        kind: str,
+        calls: str,
+        *,
+        when: str = "all",
+        takes: Callable[..., bool] = lambda *_, **__: True,
+        level: int = 1,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Register a function for a kind of device, made of these library ``calls`` (names with spaces between).
+
+        Entries are tried in the order in which they are registered.
+        """
+
+        def register(function: Callable[P, R]) -> Callable[P, R]:
+            self.entries.setdefault(kind, []).append(Entry(function, tuple(calls.split()), when, takes, level))
+            return function
+
+        return register
+
+    def compiled_on(self, kind: str) -> None:
+        """Serve the op on a kind of device by its reference, compiled into one kernel for forward and backward each."""
+
+        @functools.cache
+        def compiled() -> Callable[P, R]:
+            return torch.compile(self.reference, dynamic=True)
+
+        def fused(*args: P.args, **kwargs: P.kwargs) -> R:
+            return compiled()(*args, **kwargs)
+
+        self.on(kind, "torch.compile")(fused)
+
+
+def op(reference: Callable[P, R]) -> Op[P, R]:
+    """Enter a function into the table, as the reference of the op of its name."""
+    return Op(reference)
+
+
+def level() -> int:
+    """Return the optimization level in force."""
+    return 0 if _forced() else _level
+
+
+@contextmanager
+def at_level(wanted: int) -> Iterator[None]:
+    """Use an optimization level inside the context.
+
+    It holds for the process, not for the thread: backward, in which blocks are computed again, has threads of its own.
+    """
+    global _level
+    before, _level = _level, wanted
+    try:
+        yield
+    finally:
+        _level = before
+
+
+@functools.cache
+def _forced() -> bool:
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "reference"):
+        raise UserError(f"{VARIABLE}={value!r}: is reference, or not set{nearest(value, ['reference'])}")
+    return value == "reference"
+
+
+def _kind(operand: Any) -> str:
+    first = operand if isinstance(operand, Tensor) else operand[0]
+    return str(first.device.type)

@@ -1,0 +1,107 @@
+"""One set of operands of an op, and how a result is held against the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ...ops.table import Entry, Op
+from ..tolerance import assert_close
+
+
+@dataclass(frozen=True)
+class Case:
+    """Operands of an op and the formula, written apart from the op, that it computes.
+
+    ``operands`` are made by ``draw`` in fp32; those of floating point are cast to the type under test and get
+    gradients. ``rest`` follows them in the call, moved to the device where it holds tensors. ``formula`` is called
+    alike, in fp64 on the CPU. ``only`` are the types that the op is for, if not all, and ``reference_on`` the
+    kinds of device that have entries none of which takes these operands.
+    """
+
+    op: Op[Any, Any]
+    name: str
+    operands: tuple[Tensor, ...]
+    formula: Callable[..., Any]
+    rest: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+    only: tuple[torch.dtype, ...] = ()
+    reference_on: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op.name}-{self.name}"
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal numbers in fp32, the same for the same shape and seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + sum(shape)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What served an op, its values and the gradients of its operands, on the CPU in fp64."""
+
+    entry: Entry | None
+    tensors: dict[str, Tensor]
+
+
+def run(case: Case, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Compute an op and its gradients on a device."""
+    operands = [_cast(x, device, dtype) for x in case.operands]
+    rest = [_moved(x, device) for x in case.rest]
+    entry = case.op.serving(device.type, *operands, *rest, **case.named)
+    return Outcome(entry, _differentiate(case.op, operands, rest, case.named))
+
+
+def wanted(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the formula's values and gradients in fp64, for operands rounded to ``dtype``."""
+    operands = [_cast(_cast(x, torch.device("cpu"), dtype).detach(), None, torch.float64) for x in case.operands]
+    return _differentiate(case.formula, operands, list(case.rest), case.named)
+
+
+def check(case: Case, device: torch.device, dtype: torch.dtype, bound: float) -> Outcome:
+    """Hold an op against its formula; differences count as a share of the largest wanted value of each tensor."""
+    found = run(case, device, dtype)
+    assert_close(found.tensors, wanted(case, dtype), bound)
+    return found
+
+
+def _cast(x: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    if not x.is_floating_point():
+        return x.to(device)
+    return x.to(device, dtype).requires_grad_()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _differentiate(
+    function: Callable[..., Any], operands: list[Tensor], rest: list[Any], named: dict[str, Any]
+) -> dict[str, Tensor]:
+    made = function(*operands, *rest, **named)
+    outs = [made] if isinstance(made, Tensor) else list(made)
+    found = {f"value {n}": out for n, out in enumerate(outs)}
+    smooth = [out for out in outs if out.is_floating_point() and out.requires_grad]
+    learn = {f"gradient {n}": x for n, x in enumerate(operands) if x.requires_grad}
+    if smooth and learn:
+        weights = [draw(*out.shape, seed=9).to(out.device, out.dtype) for out in smooth]
+        grads = torch.autograd.grad(smooth, list(learn.values()), weights, allow_unused=True)
+        zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(learn.values(), grads, strict=True))
+        found |= dict(zip(learn, zeros, strict=True))
+    return {name: tensor.detach().cpu().double() for name, tensor in found.items()}
+
+
+def in_types(cases: Iterable[Case], dtypes: Iterable[torch.dtype]) -> list[Any]:
+    """Return every case with every type that it is for, as a test's parameters."""
+    return [
+        pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
+        for case in cases
+        for dtype in dtypes
+        if not case.only or dtype in case.only
+    ]

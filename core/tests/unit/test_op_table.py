@@ -1,0 +1,66 @@
+"""The table picks what serves an op, and the reference of every op equals its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from mindspeed_model_core import ops
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.ops import table
+from mindspeed_model_core.testing.op_cases import CASES, check
+from mindspeed_model_core.testing.op_cases.case import in_types
+from torch import Tensor
+
+CPU = torch.device("cpu")
+BOUND = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize(("case", "dtype"), in_types(CASES, BOUND))
+def test_every_op_equals_its_formula(case, dtype) -> None:
+    with ops.at_level(0):
+        check(case, CPU, dtype, BOUND[dtype])
+    check(case, CPU, dtype, BOUND[dtype])
+
+
+@pytest.fixture
+def double() -> Iterator[ops.Op]:
+    @ops.op
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    double.on("cpu", "wide", when="fp64", takes=lambda x: x.dtype == torch.float64)(lambda x: x + 100)
+    double.on("cpu", "overlapped", when="two dims", takes=lambda x: x.dim() == 2, level=2)(lambda x: x + 200)
+    yield double
+    del table.TABLE["double"]
+
+
+def test_the_first_entry_that_takes_the_operands_serves(double) -> None:
+    one, two = torch.ones(1), torch.ones(1, 1)
+    assert double(one) == 2 and double(two) == 201 and double(two.double()) == 101
+    with ops.at_level(1):
+        assert double(two) == 2 and double(two.double()) == 101
+    with ops.at_level(0):
+        assert double(two.double()) == 2
+    assert double.serving("npu", one) is None
+
+
+def test_a_level_ends_with_its_context_and_reaches_backward(double) -> None:
+    with pytest.raises(KeyError), ops.at_level(0):
+        raise KeyError
+    assert ops.level() == 2
+
+
+def test_the_environment_asks_for_the_reference(double, monkeypatch) -> None:
+    table._forced.cache_clear()
+    monkeypatch.setenv(table.VARIABLE, "reference")
+    try:
+        assert ops.level() == 0 and double(torch.ones(1, 1)) == 2
+        table._forced.cache_clear()
+        monkeypatch.setenv(table.VARIABLE, "fused")
+        with pytest.raises(UserError, match="MINDSPEED_MODEL_OPS='fused': is reference, or not set"):
+            ops.level()
+    finally:
+        monkeypatch.undo()
+        table._forced.cache_clear()
