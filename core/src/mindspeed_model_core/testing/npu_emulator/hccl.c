@@ -253,20 +253,6 @@ static uint16_t to_half(float value) {
   return bits;
 }
 
-static float from_bfloat(uint16_t bits) {
-  uint32_t wide = (uint32_t)bits << 16;
-  float value;
-  memcpy(&value, &wide, 4);
-  return value;
-}
-
-static uint16_t to_bfloat(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 #define SAME(x) (x)
 #define COMBINE(a, b) \
   (reduction == 0 ? (a) + (b) : reduction == 1 ? (a) * (b) : reduction == 2 ? ((a) > (b) ? (a) : (b)) : ((a) < (b) ? (a) : (b)))

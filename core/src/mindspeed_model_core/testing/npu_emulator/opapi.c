@@ -48,20 +48,6 @@ static int width(int type) {
   return 0;
 }
 
-static float from_bfloat(uint16_t bits) {
-  uint32_t wide = (uint32_t)bits << 16;
-  float value;
-  memcpy(&value, &wide, 4);
-  return value;
-}
-
-static uint16_t to_bfloat(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to the nearest, ties to even */
-}
-
 #define LOAD(kind) { kind value; memcpy(&value, at, sizeof value); return value; }
 #define STORE(kind) { kind it = (kind)value; memcpy(at, &it, sizeof it); return; }
 
