@@ -10,6 +10,7 @@ compute. Memory counted is what must move at least: operands and gradients, each
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -49,16 +50,21 @@ def rows() -> Iterator[Row]:
 
 
 def timed(work: Callable[[], Any], repeats: int = 20) -> float:
-    """Return the median milliseconds of one call, by the device's own clock."""
+    """Return the median milliseconds of one call, by the device's own clock.
+
+    The calls are queued while the device is kept busy, so that what is timed is the device and not Python.
+    """
     for _ in range(5):
         work()
-    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-    for start, stop in events:
-        start.record()
-        work()
-        stop.record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+    torch.cuda._sleep(200_000_000)  # clock cycles: a tenth of a second
+    for event in events[:-1]:
+        event.record()
+        work()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def both_ways(row: Row, level: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int, Any]:
