@@ -261,12 +261,13 @@ def hardware(session: nox.Session) -> tuple[str, str]:
 
 @per_package(having("device"))
 def device(session: nox.Session, package: str) -> None:
-    """Run the tests that need a real accelerator; skipped, saying so, where there is none."""
+    """Run a model's and core's tests of a real accelerator and report; skipped, saying so, where there is none."""
     kind, name = hardware(session)
     if kind == "cpu":
         session.skip("no accelerator here (neither an Ascend NPU with torch_npu nor CUDA): nothing was tested")
     session.log(f"accelerator: {name}")
-    pytest(session, str(PACKAGES[package] / "tests"), "-m", "device")
+    ops = PACKAGES["core"] / "tests" / "device"
+    pytest(session, *dict.fromkeys((str(ops), str(PACKAGES[package] / "tests"))), "-m", "device")
 
 
 @per_package(MODELS)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -407,7 +408,9 @@ class ModelSuite(ABC):
 
     @pytest.mark.device
     @needs_accelerator
-    def test_trains_on_the_accelerator(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_trains_on_the_accelerator(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    ) -> None:
         """The losses are the CPU's, and a resumed run's are those of one not interrupted, bit for bit."""
         start = tmp_path / "start"
         net = open_net(self.model, self.config())
@@ -423,23 +426,32 @@ class ModelSuite(ABC):
             torch.use_deterministic_algorithms(False)
         monkeypatch.setenv("MINDSPEED_MODEL_DEVICE", "cpu")
         there = self._train(recipe, tmp_path / "cpu")
+        far = max(abs(a / b - 1) for a, b in zip(here, there, strict=True))
+        record_property("found", (f"{self.model.name}: six steps beside the CPU", "training", far))
         assert len(here) == 6 and again == here[3:]
         assert all(abs(a / b - 1) < 1e-3 for a, b in zip(here, there, strict=True)), (here, there)
 
     @pytest.mark.device
     @pytest.mark.parametrize("pair", ["tp2", "tp2-sequence", "pp2", "dp2", "dp2-zero1", "dp2-zero2", "dp2-zero3"])
-    def test_two_accelerators_equal_one(self, pair: str, tmp_path: Path) -> None:
+    def test_two_accelerators_equal_one(
+        self, pair: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    ) -> None:
         """Two devices train what one trains; processes stay from pair to pair, each has a process group of its own."""
         needs_two_accelerators()
-        self.assert_pair_equals_one(crew(2), pair, tmp_path)
+        far = self.assert_pair_equals_one(crew(2), pair, tmp_path)
+        record_property("found", (f"{self.model.name}: {pair} beside one device", "training", far))
 
-    def assert_pair_equals_one(self, two: Crew, pair: str, folder: Path) -> None:
-        """Fail unless the crew of two trains under a layout as this process does alone: losses of four steps."""
+    def assert_pair_equals_one(self, two: Crew, pair: str, folder: Path) -> float:
+        """Fail unless the crew of two trains under a layout as this process does alone: losses of four steps.
+
+        Return how far the furthest loss is off.
+        """
         world, fields = {**LAYOUTS, **self.layouts}[pair]
         assert world == two.world
         alone = self._train(self._pair_recipe(folder, {}), folder / "alone")
         spread = two.run(pair, train_losses, self.where, self._pair_recipe(folder, fields), folder / "spread")[0]
         _assert_same_losses(spread, alone)
+        return max(abs(a / b - 1) for a, b in zip(spread, alone, strict=True))
 
     @pytest.mark.device
     def test_the_command_trains_on_two_accelerators(self, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from . import activation, norm
-from .case import Case, check
+from .case import Case, check, run, wanted
 
 CASES: tuple[Case, ...] = (*norm.CASES, *activation.CASES)
 
-__all__ = ["CASES", "Case", "check"]
+__all__ = ["CASES", "Case", "check", "run", "wanted"]
