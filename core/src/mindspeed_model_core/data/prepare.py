@@ -156,7 +156,7 @@ def _encode(
     with FeatureWriter(destination, f"rank-{crew.rank}", shard_bytes=shard_bytes) as writer:
         for item, frames in _ahead(mine(), read):
             if isinstance(frames, UserError):
-                bad.add(str(frames))
+                bad.add(frames)
             else:
                 # One at a time: a sample's bytes do not depend on which others it was encoded with.
                 writer.add(_key(item), encode(item, frames))
