@@ -49,11 +49,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Item:
-    """A line of a list of clips: its number from 1, the file it names and the file's caption."""
+    """A line of a list of clips: its number from 1, the file it names and the file's caption.
+
+    ``written`` is the path as the line has it, and ``where`` the place to name in messages, as ``clips.jsonl:3``.
+    """
 
     line: int
     path: Path
     caption: str
+    written: str = ""
+    where: str = ""
 
 
 def read_list(path: str | Path) -> list[Item]:
@@ -69,9 +74,10 @@ def read_list(path: str | Path) -> list[Item]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             items = [
-                Item(line, path.parent / _column(where, row, _FILES), _column(where, row, _CAPTIONS))
+                Item(line, path.parent / written, _column(where, row, _CAPTIONS), written, where)
                 for line, row in (_csv(file) if path.suffix == ".csv" else _jsonl(file, path))
                 for where in (f"{path}:{line}",)
+                for written in (_column(where, row, _FILES),)
             ]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
