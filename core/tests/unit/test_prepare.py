@@ -224,8 +224,7 @@ def test_every_rank_keeps_other_jobs_out(left: int, clips: Path, tmp_path: Path)
     for pid in (workers[1 - left], job.process.pid or 0):
         os.kill(pid, signal.SIGKILL)
     job.wait()
-    gone = Path(f"/proc/{workers[1 - left]}/cmdline")
-    wait_for(lambda: not gone.exists() or not gone.read_bytes())  # a process that has ended has none
+    time.sleep(1)  # what the other held is free only when the last of its threads has ended
     handle = os.open(folder, os.O_RDONLY)
     try:
         with pytest.raises(BlockingIOError):
