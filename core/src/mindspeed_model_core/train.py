@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import math
 import os
 import secrets
@@ -169,11 +170,16 @@ class Session:
         if mesh.groups:
             # On the host, so that the device's queue never empties for it; the other ranks repeat their data rank's.
             mine = count if mesh.draws else 0
-            sums = torch.tensor([mine, int(mistake is not None)])
+            drawn = _number(json.dumps(self.loader.state_dict())) >> 16
+            # Adds up to 0 over the ranks of a batch if they drew the same.
+            odd = drawn * (mesh.model - 1 if mesh.draws else -1)
+            sums = torch.tensor([mine, int(mistake is not None), odd])
             dist.all_reduce(sums, group=mesh.host_group)
             count = int(sums[0])
             if sums[1]:
                 mistake = next(said for said in mesh.gather(mistake) if said is not None)
+            elif sums[2]:
+                mistake = _apart(mesh.gather((mesh.dp_rank, drawn)))
         if mistake is not None:
             self._position = before
             raise DataError(mistake)
@@ -588,7 +594,25 @@ class _on_signals:
 
 def _stream(seed: int, step: int, rank: int) -> int:
     """Return the seed of one step on one data rank: random state is a function of the position, never saved."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
+    return _number(f"{seed}/{step}/{rank}")
+
+
+def _number(text: str) -> int:
+    """Return 56 bits that follow from a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _apart(drawn: Sequence[tuple[int, int]]) -> str:
+    """Return the mistake of ranks whose (data rank, number of what was drawn) should be alike and are not."""
+    first: dict[int, tuple[int, int]] = {}
+    for rank, (data_rank, number) in enumerate(drawn):
+        before, same = first.setdefault(data_rank, (rank, number))
+        if number != same:
+            return (
+                f"data: ranks {before} and {rank} share a batch but drew different samples: one of them left out a "
+                "file that the other can read, as said when it was skipped; make it readable on all hosts, or remove it"
+            )
+    raise AssertionError("all drew the same")
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

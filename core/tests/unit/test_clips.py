@@ -10,7 +10,7 @@ import pytest
 import torch
 from mindspeed_model_core.data import SlotLoader
 from mindspeed_model_core.data.clips import ClipData, Clips, PictureData, drops_text, open_reader
-from mindspeed_model_core.data.media import read_frames
+from mindspeed_model_core.data.media import read_frames, read_list
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe, validate
 from mindspeed_model_core.testing.clips import drawn, equal, write_clips
@@ -186,13 +186,38 @@ def test_csv_lists_with_other_column_names(clips: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [("{}", "list.jsonl:1: no key path or video or image"), ("", "lists no clip"), ("[", "not a JSON")],
+    ("name", "text", "message"),
+    [
+        ("list.jsonl", "{}", "list.jsonl:1: no key path or video or image; it has none$"),
+        ("list.jsonl", '{"film": "a", "text": "b"}', "1: no key path or video or image; it has film, text$"),
+        ("list.jsonl", '{"video": 3, "text": "b"}', "1: 'video' must hold text, got int"),
+        ("list.jsonl", '{"video": null, "text": "b"}', "1: 'video' must hold text, got NoneType"),
+        ("list.jsonl", '{"video": "A", "path": "B", "text": "x"}', "1: 'path' and 'video' differ, .* all but one out"),
+        ("list.jsonl", '{"video": "A", "caption": "x", "text": "y"}', "1: 'text' and 'caption' differ"),
+        ("list.jsonl", "", "lists no clip"),
+        ("list.jsonl", "[", "list.jsonl:1: not a JSON"),
+        ("list.csv", "path,text", "lists no clip"),
+        ("list.csv", "path,text\na.mp4,one, two", "list.csv:2: 3 values for 2 columns; quote the caption"),
+        ("list.csv", "path,text\n\na.mp4", "list.csv:3: 1 values for 2 columns; add 'text'"),
+        ("list.csv", "vid;cap\na.mp4;x", "list.csv:2: no key path or video or image; values must be .* by commas"),
+        (
+            "list.csv",
+            'path,text\na.mp4,"' + "x" * 200_000,
+            "list.csv:2: not CSV .*; look for a quote that is not closed",
+        ),
+    ],
 )
-def test_lists_that_cannot_be_read_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "list.jsonl").write_text(text + "\n")
+def test_lists_that_cannot_be_read_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text + "\n")
     with pytest.raises(UserError, match=f"^[^\n]*{message}"):
-        load(tmp_path / "list.jsonl")
+        read_list(tmp_path / name)
+
+
+def test_columns_that_hold_the_same_or_nothing_are_no_matter(tmp_path: Path) -> None:
+    row = {"path": "a.mp4", "video": "a.mp4", "image": None, "text": "x", "prompt": "x"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row) + "\n")
+    (item,) = read_list(tmp_path / "list.jsonl")
+    assert (item.path, item.written, item.caption) == (tmp_path / "a.mp4", "a.mp4", "x")
 
 
 def test_what_a_path_is(clips: Path, tmp_path: Path) -> None:
@@ -210,8 +235,9 @@ def test_what_a_path_is(clips: Path, tmp_path: Path) -> None:
     refused("no such file or folder", tmp_path / "nothing")
     refused("data.kind=raw: .* is features", tmp_path, kind="raw")
     refused("data.kind=features: .* is a list of clips", clips, kind="features")
-    with pytest.raises(UserError, match="a list of clips is a .jsonl or .csv file"):
-        load(clips.parent / "part-0" / "clip.mp4")
+    for path, said in ((clips.parent / "part-0" / "clip.mp4", "not .mp4"), (clips.parent, "is a folder")):
+        with pytest.raises(UserError, match=f"a list of clips is a .jsonl or .csv file, {said}|{said}; a list of"):
+            read_list(path)
 
 
 @pytest.mark.parametrize(

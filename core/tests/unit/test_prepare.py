@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -21,7 +23,7 @@ from mindspeed_model_core.data import features
 from mindspeed_model_core.data import prepare as module
 from mindspeed_model_core.data.encoded import read_empty_text
 from mindspeed_model_core.data.features import INDEX, SHARDS, FeatureSet
-from mindspeed_model_core.data.media import Item, read_frames
+from mindspeed_model_core.data.media import Item, read_frames, read_list
 from mindspeed_model_core.data.prepare import SETTINGS
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing.clips import PHOTOS, equal, write_clips
@@ -129,9 +131,10 @@ def test_a_kill_loses_and_doubles_nothing(clips: Path, whole: Path, tmp_path: Pa
 class Job:
     """A launcher of two ranks, forked from this process, where torch is imported already."""
 
-    def __init__(self, clips: Path, folder: Path, pause: float = 0.0) -> None:
+    def __init__(self, clips: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop") -> None:
         script = Path(__file__).with_name("toy_prepare.py")
-        command = [sys.executable, str(script), "prepare", str(clips), str(folder), "--pause", str(pause)]
+        command = [sys.executable, str(script), "prepare", str(clips), str(folder)]
+        command += ["--pause", str(pause), "--on-bad", on_bad]
         self.errors = folder.parent / "errors"
         self.process = multiprocessing.get_context("fork").Process(target=self.launch, args=(command,))
         self.process.start()
@@ -211,6 +214,26 @@ def test_two_jobs_do_not_write_to_one_folder(clips: Path, tmp_path: Path, monkey
     run(clips, folder)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_every_rank_keeps_other_jobs_out(left: int, clips: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    job = Job(clips, folder, pause=0.1)
+    wait_for(lambda: any((folder / SHARDS).glob(f"rank-{left}-*")))
+    workers = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
+    os.kill(workers[left], signal.SIGSTOP)
+    for pid in (workers[1 - left], job.process.pid or 0):
+        os.kill(pid, signal.SIGKILL)
+    job.wait()
+    time.sleep(1)  # what the other held is free only when the last of its threads has ended
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+        os.kill(workers[left], signal.SIGKILL)
+
+
 def skipping() -> Any:
     return DATA.model_copy(update={"on_bad": "skip"})
 
@@ -257,9 +280,14 @@ def test_other_settings_and_other_folders_are_refused(clips: Path, whole: Path, 
     refused("prepared with encoders toy, now it is other", encoders="other")
     lines = clips.read_text().splitlines(keepends=True)
     moved = clips.with_name("moved.jsonl")
-    for changed in (lines[::-1], lines[:-1]):
+    worded = [line.replace("line 7", "row 7") for line in lines]
+    for changed, what in (
+        (lines[::-1], "moved.jsonl:1 differs"),
+        (worded, "moved.jsonl:7 differs"),
+        (lines[:-1], "it had 40 clips, now 39"),
+    ):
         moved.write_text("".join(changed))
-        refused("prepared from another list", listed=moved)
+        refused(rf"prepared from another list \(.*{what}\); add lines at its end only", listed=moved)
     for name in ("thesis.txt", f"{SHARDS}/model.safetensors"):
         mine = tmp_path / name.replace("/", "-") / name
         mine.parent.mkdir(parents=True)
@@ -275,3 +303,61 @@ def test_lines_may_be_added_to_the_list(clips: Path, whole: Path, tmp_path: Path
     short.write_text("".join(lines))
     assert "38 clips encoded" in run(short, tmp_path / "grown")
     assert contents(tmp_path / "grown") == contents(whole) and unplaced(tmp_path / "grown") == unplaced(whole)
+
+
+def test_the_list_may_be_spelled_otherwise_and_be_moved(
+    clips: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(whole)
+    monkeypatch.chdir(clips.parent)
+    assert "0 clips encoded" in run(Path("clips.jsonl"), whole)
+    shutil.copytree(clips.parent, tmp_path / "moved")
+    assert "0 clips encoded" in run(tmp_path / "moved" / "clips.jsonl", whole)
+    assert files(whole) == before
+
+
+def test_a_folder_begun_before_lines_had_marks_is_gone_on_with(clips: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(whole, folder)
+    settings = json.loads((folder / SETTINGS).read_text())
+    assert len(settings.pop("listed")) == 8 * LINES
+    lines = [f"{item.line} {item.path} {item.caption}" for item in read_list(clips)]
+
+    def old(count: int) -> None:
+        digest = hashlib.sha256("\n".join(lines[:count]).encode()).hexdigest()[:16]
+        (folder / SETTINGS).write_text(json.dumps({**settings, "lines": count, "list": digest}))
+
+    old(LINES - 3)
+    assert "0 clips encoded" in run(clips, folder) and files(folder) == files(whole)
+    lines[1] += "!"
+    old(LINES)
+    with pytest.raises(UserError, match="its first 40 lines differ"):
+        run(clips, folder)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_that_one_rank_cannot_read_loses_no_other(rank: int, clips: Path, whole: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in clips.read_text().splitlines()]
+    for host in range(2):
+        shutil.copytree(clips.parent, tmp_path / str(host))
+        for number, row in enumerate(rows):
+            row["path"] = f"{number}{Path(row['path']).suffix}"
+            if (host, number) != (rank, 6 + rank):  # the ranks take turns, so this one looks at it
+                source = clips.parent / f"part-{number % len(SHAPES)}"
+                shutil.copy(next(source.iterdir()), tmp_path / str(host) / row["path"])
+        (tmp_path / str(host) / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "features"
+    status, said = Job(tmp_path / "{rank}" / "clips.jsonl", folder, on_bad="skip").wait()
+    assert status == 0 and said.count("\n") == 1 and f"{tmp_path}/{rank}/{6 + rank}.mp4: no such file" in said
+    assert "39 clips encoded" in (tmp_path / "said").read_text() and "39 in all" in (tmp_path / "said").read_text()
+    found = FeatureSet(folder)
+    assert [int(key.partition("-")[0]) for key in found.keys] == [i + 1 for i in range(LINES) if i != 6 + rank]
+    assert found.meta["samples"] == 39 and found.meta["skipped"] == 1
+
+
+def test_ranks_with_other_lists_are_refused(clips: Path, tmp_path: Path) -> None:
+    for host, word in enumerate(("line", "row")):
+        (tmp_path / str(host)).mkdir()
+        (tmp_path / str(host) / "clips.jsonl").write_text(clips.read_text().replace("line", word))
+    status, said = Job(tmp_path / "{rank}" / "clips.jsonl", tmp_path / "features").wait()
+    assert status == 2 and re.fullmatch(r"error: the list of clips: is \w+ on rank 1 and \w+ on rank 0; .*\n", said)

@@ -66,9 +66,12 @@ def options() -> None: ...
 
 
 @app.command("prepare")
-def command(listed: Path, folder: Path, pause: float = 0.0) -> None:
-    (folder.parent / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
-    line = run(listed, folder, pause=pause)
+def command(listed: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop") -> None:
+    """Prepare; a rank may have a list of its own, as on a host of its own."""
+    rank = os.environ["RANK"]
+    (folder.parent / f"pid{rank}").write_text(str(os.getpid()))
+    data = Videos(on_bad=on_bad)  # type: ignore[arg-type]
+    line = run(Path(str(listed).format(rank=rank)), folder, data, pause=pause)
     if line:
         (folder.parent / "said").write_text(line)
 

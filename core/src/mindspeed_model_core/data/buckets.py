@@ -6,7 +6,6 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,6 @@ from ..errors import UserError
 from .media import probe
 from .shuffle import shuffled
 from .slots import Drawn, Position
-
-_READERS = 8  # files whose headers are read at once
 
 
 class Bucket(NamedTuple):
@@ -57,22 +54,14 @@ def choose(
     return Bucket(*nearest, max(filled))
 
 
-def assign(
-    paths: Sequence[str | Path], sizes: Sequence[tuple[int, int]], lengths: Sequence[int], fps: float
-) -> list[Bucket | str]:
-    """Return the bucket of each file when sampled at ``fps``, or a line saying why it cannot be used."""
-
-    def look(path: str | Path) -> Bucket | str:
-        try:
-            clip = probe(path)
-        except UserError as error:
-            return str(error)
-        length = clip.length(fps)
-        bucket = choose(clip.width, clip.height, length, sizes, lengths)
-        return bucket or f"{path}: fills {length} frames at {fps:g} fps, the shortest length is {min(lengths)}"
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(look, paths))
+def fit(path: str | Path, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], fps: float) -> Bucket:
+    """Return the bucket of a file when sampled at ``fps``; UserError for one that cannot be used."""
+    clip = probe(path)
+    length = clip.length(fps)
+    bucket = choose(clip.width, clip.height, length, sizes, lengths)
+    if bucket is None:
+        raise UserError(f"{path}: fills {length} frames at {fps:g} fps, the shortest length is {min(lengths)}")
+    return bucket
 
 
 class BucketSource:
@@ -82,9 +71,10 @@ class BucketSource:
     next of its bucket takes. In each epoch the samples of a bucket are shuffled and cut into groups of ``micro_batch``,
     the last filled up from the first; then the groups of all buckets are shuffled. Slot s at its k-th draw takes member
     ``s % micro_batch`` of group ``k * (global_batch / micro_batch) + s // micro_batch``, counted through epochs
-    without end, so that the order depends on no number of ranks or workers. A position is the number of draws. The
-    seed follows from the recipe's, the epoch, the group's place and the member: what is drawn from it is the same
-    under every layout. Raises UserError for no samples, or a global batch that does not divide.
+    without end, so that the order depends on no number of ranks or workers. A position is the number of draws and,
+    after the first, the index last drawn, which tells whether ranks that share a batch drew the same. The seed follows
+    from the recipe's, the epoch, the group's place and the member: what is drawn from it is the same under every
+    layout. Raises UserError for no samples, or a global batch that does not divide.
     """
 
     def __init__(
@@ -120,11 +110,12 @@ class BucketSource:
 
     def stream(self, slot: int, position: Position) -> Iterator[Drawn]:
         """Yield (sample, position after it) without end, from ``position`` on."""
-        (draws,) = position
+        draws = position[0]
         while True:
             group = draws * self.groups_per_step + slot // self.micro_batch
             draws += 1
-            yield self._draw(*divmod(group, self.groups), slot % self.micro_batch), [draws]
+            sample, index = self._draw(*divmod(group, self.groups), slot % self.micro_batch)
+            yield sample, [draws, index]
 
     def order(self, epoch: int, place: int, member: int) -> tuple[int, int, int]:
         """Return (bucket, place in the bucket's order, index) of a member of the group at ``place`` in an epoch."""
@@ -139,13 +130,14 @@ class BucketSource:
         # Each bucket in an order of its own: a seed shared with another of the same size would repeat its order.
         return int(indices[shuffled(at % len(indices), len(indices), _number(self.seed, "bucket", bucket), epoch)])
 
-    def _draw(self, epoch: int, place: int, member: int) -> Any:
-        bucket, at, index = self.order(epoch, place, member)
+    def _draw(self, epoch: int, place: int, member: int) -> tuple[Any, int]:
+        bucket, at, _ = self.order(epoch, place, member)
         seed = _number(self.seed, epoch, place, member)
         for further in range(len(self.members[bucket])):
-            sample = self.read(index if not further else self._index(bucket, at + further, epoch), seed)
+            index = self._index(bucket, at + further, epoch)
+            sample = self.read(index, seed)
             if sample is not None:
-                return sample
+                return sample, index
         raise UserError(f"none of the {len(self.members[bucket])} samples of bucket {self.names[bucket]} can be read")
 
 

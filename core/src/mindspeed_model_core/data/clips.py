@@ -18,9 +18,10 @@ from .. import launch
 from ..errors import UserError
 from ..recipe import Recipe, Section, local
 from ..trunk import Batch
-from .buckets import Bucket, BucketSource, aspect_buckets, assign
+from .buckets import Bucket, BucketSource, aspect_buckets, fit
 from .features import INDEX
 from .media import Item, read_frames, read_list
+from .ranks import agree, spread
 from .slots import CONTENT, SlotLoader
 
 Sample = dict[str, Any]
@@ -231,12 +232,14 @@ def open_reader(reader: Reader, recipe: Recipe, rank: int, ranks: int, *, worker
 
 
 def content(path: Path) -> dict[str, str]:
-    """Return the fact that tells a file's content."""
+    """Return the fact that tells a file's content; UserError unless it is the same on all ranks."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):
             digest.update(chunk)
-    return {CONTENT: digest.hexdigest()[:12]}
+    found = digest.hexdigest()[:12]
+    agree(CONTENT, found)
+    return {CONTENT: found}
 
 
 def drops_text(seed: int, share: float) -> bool:
@@ -255,17 +258,17 @@ class BadFiles:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def add(self, reason: str) -> None:
+    def add(self, error: UserError) -> None:
         """Take note of a file; UserError if it is to stop the run."""
         if self.on_bad == "stop":
-            raise UserError(f"{reason} ({self.remedy} leaves such files out)")
-        self.reasons[reason] = None
+            raise UserError(f"{error} ({self.remedy} leaves such files out)")
+        self.reasons[str(error)] = None
 
-    def found_late(self, reason: str) -> None:
+    def found_late(self, error: UserError) -> None:
         """Take note of a file that only reading showed to be bad, and say so once."""
-        if reason not in self.reasons:
-            self.add(reason)
-            print(f"skipped ({len(self)} so far): {reason}", file=sys.stderr, flush=True)
+        if str(error) not in self.reasons:
+            self.add(error)
+            print(f"skipped ({len(self)} so far): {error}", file=sys.stderr, flush=True)
 
     def report(self, total: int) -> None:
         """Say, on the first rank, which of ``total`` files are left out."""
@@ -279,10 +282,14 @@ class BadFiles:
 
 
 def usable(items: Sequence[Item], data: PictureData, bad: BadFiles) -> list[tuple[Item, Bucket]]:
-    """Return the items of a list that fit a bucket, each with it; the others go to ``bad``."""
+    """Return the items of a list that fit a bucket, each with it, the same on all ranks; the others go to ``bad``."""
+
+    def look(item: Item) -> Bucket:
+        return fit(item.path, data.sizes, data.lengths, data.rate)
+
     found = []
-    for item, bucket in zip(items, assign([i.path for i in items], data.sizes, data.lengths, data.rate), strict=True):
-        if isinstance(bucket, str):
+    for item, bucket in zip(items, spread(look, items), strict=True):
+        if isinstance(bucket, UserError):
             bad.add(bucket)
         else:
             found.append((item, bucket))
@@ -302,6 +309,7 @@ class Clips:
     """
 
     def __init__(self, path: Path, data: PictureData) -> None:
+        facts = content(path)
         items = read_list(path)
         self.bad = BadFiles(data.on_bad)
         self.clips = usable(items, data, self.bad)
@@ -310,7 +318,7 @@ class Clips:
             raise UserError(f"{path}: none of its {len(items)} clips can be used")
         self.keys = [bucket for _, bucket in self.clips]
         self.fps, self.text_drop = data.rate, data.text_drop
-        self.identity = {**content(path), "data.path (clips that can be used)": len(self.clips), **data.facts}
+        self.identity = {**facts, "data.path (clips that can be used)": len(self.clips), **data.facts}
 
     def read(self, index: int, seed: int) -> Sample | None:
         """Return a clip's frames and caption, or None if the file is bad."""
@@ -318,7 +326,7 @@ class Clips:
         try:
             video = read_clip(item, bucket, self.fps)
         except UserError as error:
-            self.bad.found_late(str(error))
+            self.bad.found_late(error)
             return None
         return {"video": video, "caption": "" if drops_text(seed, self.text_drop) else item.caption, "seed": seed}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..tensorfile import publish
 from ..trunk import Batch
 from .clips import BadFiles, PictureData, Sample, content, drops_text
 from .features import INDEX, FeatureSet, Shape
+from .ranks import spread
 
 EMPTY_TEXT = "empty_text.safetensors"
 """The file of a prepared folder that holds what the empty caption was encoded to."""
@@ -93,34 +93,31 @@ class FeatureFiles:
         self.bad = BadFiles(data.on_bad)
         self.files: list[Path] = []
         self.keys: list[Shape] = []
+        facts = content(path)
         files = _listed(path)
 
-        def look(file: Path) -> Shape | str:
-            try:
-                shapes = {name: tuple(tensor.shape) for name, tensor in load(file).items()}
-                check(str(file), shapes)
-            except UserError as error:
-                return str(error)
+        def look(file: Path) -> Shape:
+            shapes = {name: tuple(tensor.shape) for name, tensor in load(file).items()}
+            check(str(file), shapes)
             return shapes[key]
 
-        with ThreadPoolExecutor() as pool:
-            for file, found in zip(files, pool.map(look, files), strict=True):
-                if isinstance(found, str):
-                    self.bad.add(found)
-                else:
-                    self.files.append(file)
-                    self.keys.append(found)
+        for file, found in zip(files, spread(look, files), strict=True):
+            if isinstance(found, UserError):
+                self.bad.add(found)
+            else:
+                self.files.append(file)
+                self.keys.append(found)
         self.bad.report(len(files))
         if not self.files:
             raise UserError(f"{path}: none of its {len(files)} files can be used")
-        self.identity: dict[str, Any] = {**content(path), "data.path (files that can be used)": len(self.files)}
+        self.identity: dict[str, Any] = {**facts, "data.path (files that can be used)": len(self.files)}
 
     def read(self, index: int, seed: int) -> Sample | None:
         """Return a file's features, or None if it is bad."""
         try:
             return {**self.load(self.files[index]), "seed": seed}
         except UserError as error:
-            self.bad.found_late(str(error))
+            self.bad.found_late(error)
             return None
 
 

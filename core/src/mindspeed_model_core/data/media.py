@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError, nearest
+from ..errors import UserError
 from ..tensorfile import publish
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -49,29 +49,38 @@ class Clip:
 
 @dataclass(frozen=True)
 class Item:
-    """A line of a list of clips: its number from 1, the file it names and the file's caption."""
+    """A line of a list of clips: its number from 1, the file it names and the file's caption.
+
+    ``written`` is the path as the line has it, and ``where`` the place to name in messages, as ``clips.jsonl:3``.
+    """
 
     line: int
     path: Path
     caption: str
+    written: str = ""
+    where: str = ""
 
 
 def read_list(path: str | Path) -> list[Item]:
     """Return the clips that a .jsonl or .csv file lists; paths in it are relative to its folder.
 
     A line has the file under ``path``, ``video`` or ``image`` and the caption under ``text``, ``caption`` or
-    ``prompt``; the first line of a .csv names the columns. Raises UserError naming a line that lacks either.
+    ``prompt``; the first line of a .csv names the columns. Raises UserError naming a line that lacks either, has
+    several that differ, or more or fewer values than columns.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a list of clips is a .jsonl or .csv file")
     if path.suffix not in (".csv", ".jsonl"):
         raise UserError(f"{path}: a list of clips is a .jsonl or .csv file, not {path.suffix or 'a nameless one'}")
     _exists(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             items = [
-                Item(line, path.parent / _column(where, row, _FILES), _column(where, row, _CAPTIONS))
-                for line, row in (_csv(file) if path.suffix == ".csv" else _jsonl(file, path))
+                Item(line, path.parent / written, _column(where, row, _CAPTIONS), written, where)
+                for line, row in (_csv(file, path) if path.suffix == ".csv" else _jsonl(file, path))
                 for where in (f"{path}:{line}",)
+                for written in (_column(where, row, _FILES),)
             ]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
@@ -80,10 +89,24 @@ def read_list(path: str | Path) -> list[Item]:
     return items
 
 
-def _csv(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.DictReader(file)
-    for row in rows:
-        yield rows.line_num, row
+def _csv(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.reader(file)
+    try:
+        columns = next(rows, [])
+        for values in rows:
+            if len(values) > len(columns):
+                raise UserError(
+                    f"{path}:{rows.line_num}: {len(values)} values for {len(columns)} columns; quote the caption"
+                )
+            if values and len(values) < len(columns):
+                missing = ", ".join(map(repr, columns[len(values) :]))
+                raise UserError(
+                    f"{path}:{rows.line_num}: {len(values)} values for {len(columns)} columns; add {missing}"
+                )
+            if values:
+                yield rows.line_num, dict(zip(columns, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{rows.line_num}: not CSV ({error}); look for a quote that is not closed") from None
 
 
 def _jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -100,12 +123,19 @@ def _jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _column(where: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
-    for name in names:
-        if name in row:
-            if not isinstance(row[name], str):
-                raise UserError(f"{where}: {name!r} must hold text, got {type(row[name]).__name__}")
-            return row[name]
-    raise UserError(f"{where}: no key {' or '.join(names)}{nearest(names[0], row)}")
+    given = {name: row[name] for name in names if name in row}
+    given = {name: value for name, value in given.items() if value is not None} or given
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {name!r} must hold text, got {type(value).__name__}")
+    if len(set(given.values())) > 1:
+        both = " and ".join(map(repr, given))
+        raise UserError(f"{where}: {both} differ, and either could be meant; leave all but one out")
+    if not given:
+        joined = any(mark in key for key in row for mark in ";\t")
+        advice = "values must be separated by commas" if joined else f"it has {', '.join(row) or 'none'}"
+        raise UserError(f"{where}: no key {' or '.join(names)}; {advice}")
+    return next(iter(given.values()))
 
 
 def is_image(path: str | Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import fcntl
 import hashlib
-import json
 import os
 import re
 import sys
@@ -13,12 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 from ..tensorfile import publish, read_json, write_json
@@ -27,6 +29,7 @@ from .clips import BadFiles, PictureData, read_clip, usable
 from .encoded import EMPTY_TEXT, write_empty_text
 from .features import SHARDS, FeatureWriter, done, write_index
 from .media import Item
+from .ranks import agree, gather
 
 SETTINGS = "settings.json"
 """The file of a prepared folder that says what its samples are made with, and from which list."""
@@ -35,44 +38,35 @@ _DRAFT = f".{SETTINGS}.tmp"
 _AHEAD = 2  # clips decoded while one is encoded
 _WAIT = datetime.timedelta(days=7)  # a rank may wait this long for the last clip of another
 _DYING = 5.0  # seconds in which the ranks of a launcher that was killed end
+_MARK = 8  # hex digits that stand for a line of the list
 _SKIP = "--on-bad skip"
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Crew:
-    """The processes of one job, which share counters and wait for each other through the store they were started with.
+class Job:
+    """The processes that prepare a folder together: a process group on the host, and counters in its store.
 
     Without a launcher it is this process alone.
     """
 
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world == 1:
-            from torch.distributed import HashStore
-
-            self.store: Any = HashStore()
-        else:
-            from torch.distributed.rendezvous import rendezvous
-
-            self.store, self.rank, self.world = next(rendezvous("env://"))
-        self.store.set_timeout(_WAIT)
+        self.store: Any = dist.HashStore()
+        if self.world > 1:
+            store, self.rank, self.world = next(rendezvous("env://"))
+            self.store = dist.PrefixStore("prepare", store)
+            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.world, timeout=_WAIT)
 
     def count(self, name: str, amount: int = 1) -> int:
-        """Add to a counter of the crew; return its new value."""
-        return int(self.store.add(f"prepare/{name}", amount))
+        """Add to a counter of the job; return its new value."""
+        return int(self.store.add(name, amount))
 
-    def meet(self, name: str) -> None:
-        """Return when all have come here."""
-        if self.count(name) == self.world:
-            self.store.set(f"prepare/{name}/all", "1")
-        self.store.wait([f"prepare/{name}/all"])
-
-    def gather(self, name: str, value: Any) -> list[Any]:
-        """Return every process's value, by rank."""
-        self.store.set(f"prepare/{name}/{self.rank}", json.dumps(value))
-        return [json.loads(self.store.get(f"prepare/{name}/{rank}")) for rank in range(self.world)]
+    def close(self) -> None:
+        """Leave the process group, after an error too: gloo waits for nobody, and aborts a process that did not."""
+        if self.world > 1:
+            dist.destroy_process_group()
 
 
 def prepare(
@@ -93,35 +87,34 @@ def prepare(
     for a folder that holds something else, was made with other settings or from another list, or is being written to
     by another job, and for a bad file unless ``data`` skips those.
     """
-    crew = Crew()
     settings = {**settings, **data.shapes}
-    if crew.rank == 0:
-        _begin(destination)
-    crew.meet("begun")
-    with _Lock(destination) as lock:
-        if crew.rank == 0:
-            lock.take(fcntl.LOCK_EX)
-            _claim(destination, settings, items)
-            if not (destination / EMPTY_TEXT).is_file():
-                write_empty_text(destination, empty_text())
+    with closing(Job()) as job:
+        agree("the list of clips", hashlib.sha256("".join(map(_mark, items)).encode()).hexdigest()[:12])
+        if job.rank == 0:
+            _begin(destination)
+        gather("begun")
+        with _Lock(destination) as lock:
+            if job.rank == 0:
+                lock.take(fcntl.LOCK_EX)
+                _claim(destination, settings, items)
+                if not (destination / EMPTY_TEXT).is_file():
+                    write_empty_text(destination, empty_text())
+                lock.take(fcntl.LOCK_SH)
+            gather("claimed")
             lock.take(fcntl.LOCK_SH)
-        crew.meet("claimed")
-        lock.take(fcntl.LOCK_SH)
-        have = done(destination)
-        left = [item for item in items if _key(item) not in have]
-        crew.meet("counted")
+            have = set(gather(sorted(done(destination)) if job.rank == 0 else [])[0])
 
-        bad = BadFiles(data.on_bad, _SKIP)
-        clips = usable(left, data, bad)  # every rank finds the same
-        begun = time.monotonic()
-        with _progress(crew, destination, len(clips)) as advance:
-            late = _encode(crew, clips, destination, data, encode, shard_bytes, advance)
-        reasons = [*bad.reasons, *(reason for each in crew.gather("bad", late) for reason in each)]
-        if crew.rank != 0:
-            return ""
-        encoded = len(clips) - (len(reasons) - len(bad))
-        total = len(have) + encoded
-        write_index(destination, {**settings, "samples": total, "skipped": len(reasons)})
+            bad = BadFiles(data.on_bad, _SKIP)
+            clips = usable([item for item in items if _key(item) not in have], data, bad)
+            begun = time.monotonic()
+            with _progress(job, destination, len(clips)) as advance:
+                late = _encode(job, clips, destination, data, encode, shard_bytes, advance)
+            reasons = [*bad.reasons, *(reason for each in gather(late) for reason in each)]
+            if job.rank != 0:
+                return ""
+            total = len(done(destination))
+            encoded = total - len(have)
+            write_index(destination, {**settings, "samples": total, "skipped": len(reasons)})
     for reason in reasons:
         print(f"skipped: {reason}", file=sys.stderr)
     seconds = time.monotonic() - begun
@@ -132,7 +125,7 @@ def prepare(
 
 
 def _encode(
-    crew: Crew,
+    job: Job,
     clips: Sequence[tuple[Item, Bucket]],
     destination: Path,
     data: PictureData,
@@ -143,7 +136,7 @@ def _encode(
     """Encode clips as they come free; return why some could not be."""
 
     def mine() -> Iterator[tuple[Item, Bucket]]:
-        while (number := crew.count("next") - 1) < len(clips):
+        while (number := job.count("next") - 1) < len(clips):
             yield clips[number]
 
     def read(clip: tuple[Item, Bucket]) -> tuple[Item, Tensor | UserError]:
@@ -153,14 +146,14 @@ def _encode(
             return clip[0], error
 
     bad = BadFiles(data.on_bad, _SKIP)
-    with FeatureWriter(destination, f"rank-{crew.rank}", shard_bytes=shard_bytes) as writer:
+    with FeatureWriter(destination, f"rank-{job.rank}", shard_bytes=shard_bytes) as writer:
         for item, frames in _ahead(mine(), read):
             if isinstance(frames, UserError):
-                bad.add(str(frames))
+                bad.add(frames)
             else:
                 # One at a time: a sample's bytes do not depend on which others it was encoded with.
                 writer.add(_key(item), encode(item, frames))
-            crew.count("done")
+            job.count("done")
             advance()
     return list(bad.reasons)
 
@@ -195,7 +188,6 @@ def _begin(folder: Path) -> None:
 def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
     """Write down what a folder is made with, or check that it is the same; lines may be added at the list's end."""
     path = folder / SETTINGS
-    lines = [f"{item.line} {item.path} {item.caption}" for item in items]
     if path.is_file():
         before = read_json(path)
         for name, value in settings.items():
@@ -204,18 +196,35 @@ def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> 
                     f"{folder}: was prepared with {name} {before.get(name)}, now it is {value}; "
                     "repeat the settings it has or name a new folder"
                 )
-        known = int(before.get("lines", 0))
-        if known > len(lines) or before.get("list") != _hash(lines[:known]):
-            raise UserError(
-                f"{folder}: was prepared from another list (its first {known} lines differ); "
-                "add lines at its end only, or name a new folder"
-            )
-    write_json(folder / _DRAFT, {**settings, "lines": len(lines), "list": _hash(lines)})
+        _check_list(folder, before, items)
+    write_json(folder / _DRAFT, {**settings, "listed": "".join(map(_mark, items))})
     publish(folder / _DRAFT, path)
 
 
-def _hash(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+def _check_list(folder: Path, before: Mapping[str, Any], items: Sequence[Item]) -> None:
+    """Raise UserError unless a list begins with the lines that a folder's settings tell of."""
+    change = "add lines at its end only, or name a new folder"
+    if (
+        "list" in before
+    ):  # a folder begun before lines had marks of their own: one hash of all, paths as they were typed
+        known = int(before.get("lines", 0))
+        lines = "\n".join(f"{item.line} {item.path} {item.caption}" for item in items[:known])
+        if known > len(items) or before["list"] != hashlib.sha256(lines.encode()).hexdigest()[:16]:
+            raise UserError(f"{folder}: was prepared from another list (its first {known} lines differ); {change}")
+        return
+    marks = str(before.get("listed", ""))
+    for number, item in enumerate(items[: len(marks) // _MARK]):
+        if marks[number * _MARK : (number + 1) * _MARK] != _mark(item):
+            raise UserError(f"{folder}: was prepared from another list ({item.where} differs); {change}")
+    if len(marks) > len(items) * _MARK:
+        raise UserError(
+            f"{folder}: was prepared from another list (it had {len(marks) // _MARK} clips, now {len(items)}); {change}"
+        )
+
+
+def _mark(item: Item) -> str:
+    """Return hex digits that tell a line from another; its path is as written, so that the list may be moved."""
+    return hashlib.sha256(f"{item.line} {item.written} {item.caption}".encode()).hexdigest()[:_MARK]
 
 
 class _Lock:
@@ -253,9 +262,9 @@ class _Lock:
 class _progress:
     """Shows on the first rank, on a terminal, how many clips of all ranks are done."""
 
-    def __init__(self, crew: Crew, folder: Path, total: int) -> None:
+    def __init__(self, job: Job, folder: Path, total: int) -> None:
         console = Console(stderr=True)
-        self.crew = crew
+        self.job = job
         self.shown = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -263,13 +272,13 @@ class _progress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=crew.rank != 0 or not console.is_terminal,
+            disable=job.rank != 0 or not console.is_terminal,
         )
         self.task = self.shown.add_task(f"encoding into {folder}", total=total)
 
     def __enter__(self) -> Callable[[], None]:
         self.shown.start()
-        return lambda: self.shown.update(self.task, completed=self.crew.count("done", 0))
+        return lambda: self.shown.update(self.task, completed=self.job.count("done", 0))
 
     def __exit__(self, *_: object) -> None:
         self.shown.stop()

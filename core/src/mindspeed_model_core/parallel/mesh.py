@@ -52,6 +52,11 @@ class Mesh:
         return self.dp_rank * self.cp + self.cp_rank
 
     @property
+    def model(self) -> int:
+        """Return how many ranks share a batch: tp x cp x pp."""
+        return self.tp * self.cp * self.pp
+
+    @property
     def draws(self) -> bool:
         """Whether this process speaks for its data rank about the data: tp, cp and pp ranks see the same batch."""
         return self.tp_rank == self.cp_rank == self.pp_rank == 0
