@@ -149,9 +149,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, frequencies: int, width: int, modulations: int) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.up = Linear(frequencies, width)
-        self.out = Linear(width, width)
-        self.modulations = Linear(width, modulations * width)
+        self.up = Linear(frequencies, width, tokens="none")
+        self.out = Linear(width, width, tokens="none")
+        self.modulations = Linear(width, modulations * width, tokens="none")
 
     def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``[1, batch, width]`` and ``[modulations, batch, width]`` for ``time [batch]`` from 0 to 1000."""

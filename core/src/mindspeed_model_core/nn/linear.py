@@ -16,8 +16,9 @@ class Linear(nn.Linear):
 
     ``parts`` are sizes of projections stacked in the output (q, k, v), each shared out on its own; ``unit`` is the
     smallest block that must stay whole, such as a head's width. Sequence parallelism shares out the tokens of the
-    input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video. ``lora``
-    is an adapter, once one is attached.
+    input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video. With
+    ``tokens="none"`` the input has none, as a time step's, but what follows works on this rank's. ``lora`` is an
+    adapter, once one is attached.
     """
 
     tp: TensorParallel | None = None
@@ -31,7 +32,7 @@ class Linear(nn.Linear):
         split: Literal["out", "in"] | None = None,
         parts: tuple[int, ...] = (),
         unit: int = 1,
-        tokens: Literal["own", "all"] = "own",
+        tokens: Literal["own", "all", "none"] = "own",
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.split, self.parts, self.unit, self.tokens = split, parts, unit, tokens
@@ -49,7 +50,7 @@ class Linear(nn.Linear):
 
     @property
     def _shares_tokens(self) -> bool:
-        return self.tp is not None and self.tp.sequence and self.tokens == "own"
+        return self.tp is not None and self.tp.sequence and self.tokens != "all"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[tokens, ..., in]`` to ``[tokens, ..., out]``; under TP one of the two is this rank's share."""

@@ -168,7 +168,7 @@ def _share_context(net: Trunk, mesh: Mesh) -> None:
         return
     net.cp = ContextParallel(mesh.groups["cp"], mesh.cp_rank, mesh.cp)
     for module in net.modules():
-        if isinstance(module, ContextShared):
+        if isinstance(module, ContextShared | lora.Adapter):
             module.cp = net.cp
 
 

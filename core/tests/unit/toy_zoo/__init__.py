@@ -89,9 +89,13 @@ class Toy(Trunk):
         """Return logits or losses."""
         return self.head(self.norm(state["x"]), context["labels"])
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the tokens of all documents."""
+        return len(batch["tokens"])
+
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the State's shape."""
-        return {"x": (len(batch["tokens"]) // self.sequence_ranks, self.config.width)}
+        return {"x": (self.held(batch), self.config.width)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Draw everything from a normal."""
