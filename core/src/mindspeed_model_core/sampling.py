@@ -16,7 +16,7 @@ from torch import nn
 
 from . import checkpoint, launch, weights
 from .errors import UserError
-from .frozen import has_parts
+from .frozen import check_parts, has_parts
 from .model import Model
 from .parallel import apply
 from .parallel.mesh import Mesh, close_mesh, launched, open_mesh
@@ -74,17 +74,14 @@ def places(source: Path) -> list[Path]:
 
 def find_encoders(source: Path, given: Path | None, needed: Sequence[str]) -> Path:
     """Return the folder of the frozen parts: given, beside the weights, or where a run's recipe found them."""
-    *some, last = (f"{name}/" for name in needed)
-    listed = f"{', '.join(some)} and {last}"
     if given is not None:
-        missing = next((name for name in needed if not has_parts(given, (name,))), None)
-        if missing is not None:
-            raise UserError(f"--encoders={given}: no {missing}/ there; a folder in diffusers' layout holds {listed}")
+        check_parts(given, needed, "--encoders=")
         return given
     for place in places(source):
         if has_parts(place, needed):
             return place
-    raise UserError(f"{source}: no {listed} there; name their folder with --encoders")
+    *some, last = (f"{name}/" for name in needed)
+    raise UserError(f"{source}: no {', '.join(some)} and {last} there; name their folder with --encoders")
 
 
 def find_scheduler(source: Path) -> tuple[Path, dict[str, Any]] | None:

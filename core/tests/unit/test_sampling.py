@@ -27,14 +27,12 @@ NEEDED = ("vae", "words", "tokenizer")
 def test_encoders_and_scheduler_are_beside_the_weights(tmp_path):
     folder = tmp_path / "transformer"
     folder.mkdir()
-    with pytest.raises(
-        UserError, match="no vae/, words/ and tokenizer/ there; name their folder with --encoders"
-    ):
+    with pytest.raises(UserError, match="no vae/, words/ and tokenizer/ there; name their folder with --encoders"):
         find_encoders(folder, None, NEEDED)
     assert find_scheduler(folder) is None
     for name in (*NEEDED, "scheduler"):
         with pytest.raises(
-            UserError, match=f"--encoders={tmp_path}: no {name}/ there; .* vae/, words/, tokenizer/ and sched"
+            UserError, match=f"--encoders={tmp_path}: no {name}/ there; .* vae/, words/, tokenizer/, sched"
         ):
             find_encoders(folder, tmp_path, (*NEEDED, "scheduler"))
         (tmp_path / name).mkdir()

@@ -141,6 +141,20 @@ def test_an_original_release_becomes_the_same_pipeline(tmp_path: Path) -> None:
     assert torch.equal(theirs(tmp_path / "back", what), theirs(hub, what))
 
 
+@pytest.mark.parametrize("layout", ["hub", "original"])
+def test_an_export_that_is_no_pipeline_says_so(hub: Path, tmp_path: Path, layout: str) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "transformer").symlink_to(hub / "transformer")
+    said = {}
+    for name, words in {"bare": [], "whole": ["--extras-from", str(hub)], "chosen": ["--extras-from", "bare"]}.items():
+        words = ["convert", str(tmp_path / "bare"), str(tmp_path / name / layout), "--layout", layout, *words]
+        done = CliRunner().invoke(app(MODEL), [str(tmp_path / "bare") if w == "bare" else w for w in words])
+        assert done.exit_code == 0, done.output
+        said[name] = done.stderr
+    assert "what goes with the network was not found" in said["bare"] and "; --extras-from DIR adds it" in said["bare"]
+    assert said["whole"] == said["chosen"] == ""
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"cp": 2}, {"tp": 2, "cp": 2}], ids=str)
 def test_processes_sample_what_one_does(hub: Path, layout: dict[str, int]) -> None:
