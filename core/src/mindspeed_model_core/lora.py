@@ -62,16 +62,17 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map the Linear's input to what is added to its output."""
         x = self._drop(x)
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
         if self.tp is None or self.split is None:
-            low = F.linear(x, self.a)
+            low = F.linear(x, a)
         elif self.split == "out":
             # Only the few features between the factors cross ranks.
-            low = self.tp.enter(F.linear(x, self.a), self._shares_tokens)
+            low = self.tp.enter(F.linear(x, a), self._shares_tokens)
         else:
-            low = self.tp.row(x, self.a, None, self._shares_tokens)
-        rank, rows, whole = self.b.shape[1], self.b.shape[0], sum(self.parts)
-        pairs = zip(low.split(rank, -1), self.b.split([part * rows // whole for part in self.parts]), strict=True)
-        return self.scale * torch.cat([F.linear(z, b) for z, b in pairs], -1)
+            low = self.tp.row(x, a, None, self._shares_tokens)
+        rank, rows, whole = b.shape[1], b.shape[0], sum(self.parts)
+        pairs = zip(low.split(rank, -1), b.split([part * rows // whole for part in self.parts]), strict=True)
+        return self.scale * torch.cat([F.linear(z, part) for z, part in pairs], -1)
 
     def _drop(self, x: Tensor) -> Tensor:
         """Drop inputs at random; ranks that share the input draw the mask of the whole, and each takes its part."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ class Linear(nn.Linear):
     ``parts`` are sizes of projections stacked in the output (q, k, v), each shared out on its own; ``unit`` is the
     smallest block that must stay whole, such as a head's width. Sequence parallelism shares out the tokens of the
     input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video. With
-    ``tokens="none"`` the input has none, as a time step's, but what follows works on this rank's. ``lora`` is an
+    ``tokens="none"`` the input has none, as a time step's, but what follows works on this rank's. An input wider than
+    the weights, as fp32 beside bf16, is computed with in its own dtype where nothing is shared out. ``lora`` is an
     adapter, once one is attached.
     """
 
@@ -59,7 +61,28 @@ class Linear(nn.Linear):
 
     def _project(self, x: Tensor) -> Tensor:
         if self.tp is None or self.split is None:
+            if x.dtype != self.weight.dtype == torch.bfloat16:
+                return _Wide.apply(x, self.weight, self.bias)
             return F.linear(x, self.weight, self.bias)
         if self.split == "out":
             return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
         return self.tp.row(x, self.weight, self.bias, self._shares_tokens)
+
+
+class _Wide(torch.autograd.Function):
+    """A linear map in the input's dtype; the weights' copies in it live no longer than each product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None,
+            (rows.T @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None,
+        )
