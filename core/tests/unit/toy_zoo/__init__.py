@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -35,6 +35,7 @@ class ToyData(Section):
 
     path: str | None = local(None)
     length: PositiveInt = 16
+    kind: Literal["csv", "text"] | None = local(None)
 
 
 class ToyRecipe(Recipe):
