@@ -321,6 +321,13 @@ def app(model: Model) -> typer.Typer:
         chosen = find_layout(model, layout)
         if set(FILES) & set(chosen.extras) and chosen.detect(destination) and not has_tokenizer(destination):
             typer.echo(f"{destination}: has no tokenizer, none was found with {source}; copy its files there", err=True)
+        whole = not chosen.parts or any((destination / name).exists() for name in chosen.extras)
+        if extras_from is None and not whole and chosen.detect(destination):
+            typer.echo(
+                f"{destination}: holds no {', '.join(chosen.extras)}: what goes with the network was not found, or not "
+                f"whole, with {source}; --extras-from DIR adds it",
+                err=True,
+            )
 
     @cli.command(
         help=_help(

@@ -28,16 +28,12 @@ class FrozenParts:
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         self.folder, self.device = Path(folder).expanduser(), torch.device(device)
-        for name in self.needed:
-            self.part(name)
+        check_parts(self.folder, self.needed, "encoders=")
 
     def part(self, name: str) -> Path:
         """Return the folder of a part."""
-        folder = self.folder / name
-        if not folder.is_dir():
-            wanted = ", ".join(f"{part}/" for part in dict.fromkeys((*self.needed, name)))
-            raise UserError(f"encoders={self.folder}: no {name}/ there; a folder in diffusers' layout holds {wanted}")
-        return folder
+        check_parts(self.folder, tuple(dict.fromkeys((*self.needed, name))), "encoders=")
+        return self.folder / name
 
     def load(self, name: str, kind: Any, **dtype: torch.dtype) -> Any:
         """Return a part as a network of diffusers' or transformers' class ``kind``, on the device, frozen."""
@@ -50,6 +46,17 @@ class FrozenParts:
         except Exception as error:  # what from_pretrained raises has no common kind
             raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         return network.to(self.device).requires_grad_(False).eval()
+
+
+def check_parts(folder: str | Path, names: Sequence[str], field: str) -> None:
+    """Raise UserError, naming ``field``, unless a folder holds all of these parts."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{field}{folder}: {'is a file' if path.exists() else 'no such folder'}")
+    missing = [name for name in names if not (path / name).is_dir()]
+    if missing:
+        wanted = ", ".join(f"{name}/" for name in names)
+        raise UserError(f"{field}{folder}: no {missing[0]}/ there; a folder in diffusers' layout holds {wanted}")
 
 
 def has_parts(folder: str | Path, names: Sequence[str]) -> bool:

@@ -39,6 +39,8 @@ class Sampler:
             raise UserError(f"top_k={top_k}: must be 0 (no limit) or more")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p}: must be above 0 and at most 1 (no limit)")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed={seed}: must be from 0 to {2**63 - 1}")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.generator = torch.Generator().manual_seed(seed)
 

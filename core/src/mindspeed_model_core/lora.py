@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from .errors import UserError, nearest
 from .nn.linear import Linear
+from .parallel.context import ContextParallel
 from .parallel.placement import Placement
 from .parallel.tensor import TensorParallel
 from .recipe import LoraConfig
-from .trunk import Trunk
+from .trunk import Noise, Trunk
 
 CHILD = "lora"
 
@@ -29,13 +30,15 @@ class Adapter(nn.Module):
 
     ``a`` is ``[projections * rank, in]``, ``b`` ``[out, rank]``: rows are stacked as the weight's are, so that each
     projection is a slice of both. What follows the weight's cut is ``b`` where the output is shared out, ``a`` where
-    the input is; the other factor is a replica.
+    the input is; the other factor is a replica. ``name`` is the Linear's, ``noise`` the network's.
     """
 
     tp: TensorParallel | None = None
+    cp: ContextParallel | None = None
 
-    def __init__(self, linear: Linear, config: LoraConfig) -> None:
+    def __init__(self, linear: Linear, config: LoraConfig, name: str, noise: Noise) -> None:
         super().__init__()
+        self.name, self.noise = name, noise
         self.split, self.unit, self.tokens = linear.split, linear.unit, linear.tokens
         self.parts = linear.parts or (linear.out_features,)
         self.scale, self.dropout = config.scale, config.dropout
@@ -54,32 +57,45 @@ class Adapter(nn.Module):
 
     @property
     def _shares_tokens(self) -> bool:
-        return self.tp is not None and self.tp.sequence and self.tokens == "own"
+        return self.tp is not None and self.tp.sequence and self.tokens != "all"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the Linear's input to what is added to its output."""
         x = self._drop(x)
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
         if self.tp is None or self.split is None:
-            low = F.linear(x, self.a)
+            low = F.linear(x, a)
         elif self.split == "out":
             # Only the few features between the factors cross ranks.
-            low = self.tp.enter(F.linear(x, self.a), self._shares_tokens)
+            low = self.tp.enter(F.linear(x, a), self._shares_tokens)
         else:
-            low = self.tp.row(x, self.a, None, self._shares_tokens)
-        rank, rows, whole = self.b.shape[1], self.b.shape[0], sum(self.parts)
-        pairs = zip(low.split(rank, -1), self.b.split([part * rows // whole for part in self.parts]), strict=True)
-        return self.scale * torch.cat([F.linear(z, b) for z, b in pairs], -1)
+            low = self.tp.row(x, a, None, self._shares_tokens)
+        rank, rows, whole = b.shape[1], b.shape[0], sum(self.parts)
+        pairs = zip(low.split(rank, -1), b.split([part * rows // whole for part in self.parts]), strict=True)
+        return self.scale * torch.cat([F.linear(z, part) for z, part in pairs], -1)
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Drop inputs at random; tensor-parallel ranks draw the whole input's mask and each takes its share."""
+        """Drop inputs at random; ranks that share the input draw the mask of the whole, and each takes its part."""
         if not (self.training and self.dropout):
             return x
-        shape, dim = list(x.shape), -1 if self.split == "in" else 0
-        if self.tp is not None and (self.split == "in" or self._shares_tokens):
-            shape[dim] *= self.tp.size
-            dropped = (torch.rand(shape, device=x.device) < self.dropout).chunk(self.tp.size, dim)[self.tp.rank]
-        else:
-            dropped = torch.rand(shape, device=x.device) < self.dropout
+        cp = self.cp if self.tokens == "own" else None
+        features = self.tp if self.split == "in" else None
+        tokens = self.tp if self.split != "in" and self.tokens == "own" and self._shares_tokens else None
+        shape = list(x.shape)
+        if cp is not None:
+            shape[0] = self.noise.tokens
+        elif tokens is not None:
+            shape[0] *= tokens.size
+        if features is not None:
+            shape[-1] *= features.size
+        draw = self.noise.generator(self.name, x.device)
+        dropped = torch.rand(shape, device=x.device, generator=draw) < self.dropout
+        if cp is not None:
+            dropped = dropped.narrow(0, *cp.share(len(dropped)))
+        if tokens is not None:
+            dropped = dropped.chunk(tokens.size, 0)[tokens.rank]
+        if features is not None:
+            dropped = dropped.chunk(features.size, -1)[features.rank]
         return x.masked_fill(dropped, 0) / (1 - self.dropout)
 
 
@@ -90,9 +106,12 @@ def attach(net: Trunk, config: LoraConfig) -> Trunk:
     """
     chosen = targets(net, config)
     net.requires_grad_(False)
-    for linear in chosen.values():
+    noise = Noise()
+    for name, linear in chosen.items():
         with torch.device(linear.weight.device):
-            linear.lora = Adapter(linear, config)
+            linear.lora = Adapter(linear, config, name, noise)
+    if config.dropout:
+        net.noise = noise
     return net
 
 

@@ -8,7 +8,7 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -24,6 +24,17 @@ from pydantic import (
 
 from .errors import UserError, nearest
 
+# Those of PyYAML without their alternatives in base 60.
+_NO_SIXTY = {
+    "tag:yaml.org,2002:int": re.compile(
+        r"^(?:[-+]?0b[01_]+|[-+]?0[0-7_]+|[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+)$"
+    ),
+    "tag:yaml.org,2002:float": re.compile(
+        r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+}
+
 Precision = Literal["bf16", "bf16-pure", "fp32", "fp64"]
 
 
@@ -31,6 +42,30 @@ class Section(BaseModel):
     """A frozen group of recipe fields; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_of_one(cls, values: Any) -> Any:
+        """Take a lone value for a list of it."""
+        if not isinstance(values, dict):
+            return values
+        lone = {name for name, value in values.items() if isinstance(value, str | int | float) and _is_list(cls, name)}
+        return {name: (value,) if name in lone else value for name, value in values.items()}
+
+
+def _is_list(kind: type[BaseModel], name: str) -> bool:
+    field = kind.model_fields.get(name)
+    choices = () if field is None else (field.annotation, *get_args(field.annotation))
+    return any(get_origin(choice) is tuple and get_args(choice)[-1] is Ellipsis for choice in choices)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML as its version 1.2 reads it in that 16:9 is a string: version 1.1 counts it to the base of 60."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, _NO_SIXTY.get(tag, pattern)) for tag, pattern in pairs]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def local(default: Any, **kwargs: Any) -> Any:
@@ -205,6 +240,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if self.recompute_keep != "nothing" and self.recompute in ("none", 0):
+            raise ValueError(
+                f"recompute_keep={self.recompute_keep}: is what recomputed blocks keep, and recompute="
+                f"{self.recompute}; set recompute=all, or recompute_keep=nothing"
+            )
         if self.optim.warmup > self.steps:
             raise ValueError(
                 f"optim.warmup={self.optim.warmup}: is longer than the run, steps={self.steps}; nearest: {self.steps}"
@@ -273,7 +313,7 @@ def load(kind: type[R], package: str, name: str, overrides: tuple[str, ...] | li
         if not eq or not key:
             raise UserError(f"override {text!r}: write key=value, for example parallel.tp=2")
         try:
-            value = yaml.safe_load(raw) if raw else None
+            value = yaml.load(raw, _Yaml) if raw else None
         except yaml.YAMLError:
             value = raw
         _assign(kind, values, key, value)
@@ -295,21 +335,54 @@ def validate(kind: type[S], values: dict[str, Any], where: str) -> S:
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
-    # A union names the branch that failed after the field; only names of fields are the user's.
-    path = [str(p) for p in first["loc"] if isinstance(p, int) or str(p).isidentifier()]
+    value, reason = first["input"], first["type"]
+    # A union names the branch that failed after the field; only names of fields are the user's, and what is none.
+    *loc, last = first["loc"] or ("",)
+    path = [str(p) for p in loc if isinstance(p, int) or str(p).isidentifier()]
+    if reason == "extra_forbidden" or isinstance(last, int) or str(last).isidentifier():
+        path.append(str(last))
     key = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        owner = _section(kind, path[:-1])
-        return f"{key}={first['input']!r}: unknown key{nearest(path[-1], owner.model_fields)}"
-    if first["type"] == "missing":
+    if reason == "extra_forbidden":
+        name, colon, rest = path[-1].partition(":")
+        if colon and value is None:
+            return f"{'.'.join(path[:-1])}: {path[-1]!r} is one word; write a space after the colon: {{{name}: {rest}}}"
+        return f"{key}={value!r}: unknown key{nearest(path[-1], _section(kind, path[:-1]).model_fields)}"
+    if reason == "missing":
         return f"{key}: this field is required"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "literal_error":
-        field = _section(kind, path[:-1]).model_fields.get(path[-1])
-        choices = get_args(field.annotation) if field else ()
-        return f"{key}={first['input']!r}: {message}{nearest(first['input'], choices) if choices else ''}"
-    value = first["input"] if not isinstance(first["input"], (dict, BaseModel)) else "..."
+    field = _section(kind, path[:-1]).model_fields.get(path[-1]) if path else None
+    if reason == "literal_error" and field is not None:
+        message += nearest(value, _choices(field.annotation))
+    elif reason == "model_type" and (inner := _section(kind, path)) is not kind:
+        name, inner_field = next(iter(inner.model_fields.items()))
+        message = f"is a section; set its fields, as {key}.{name}={inner_field.default}"
+    elif reason == "tuple_type" and field is not None:
+        shown = field.default if isinstance(field.default, tuple) else (value,)
+        message = f"must be a list, such as {list(shown)}"
+    elif reason == "int_parsing" and (number := _number(value)) is not None:
+        message += f"; nearest: {number}"
+    if isinstance(value, dict | BaseModel):
+        # A rule of several fields, whose message begins with one of them.
+        begins = re.match(r"\w+", message)
+        inside = begins and begins[0] in _section(kind, path).model_fields
+        return f"{key}{'.' if inside else ': '}{message}" if key else message
     return f"{key}={value!r}: {message}" if key else message
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Return the values a field of literals takes; null is one where it may be left out."""
+    if annotation is type(None):
+        return ["null"]
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _number(text: Any) -> int | None:
+    try:
+        return round(float(text))
+    except (ValueError, OverflowError):
+        return None
 
 
 def _section(kind: type[BaseModel], path: list[str]) -> type[BaseModel]:
@@ -362,7 +435,7 @@ def _read(package: str, name: str, seen: tuple[str, ...]) -> dict[str, Any]:
             raise UserError(f"recipe {name!r}: not found{nearest(name, shipped)}; a path must end in .yaml")
         text = (resources.files(package) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Yaml)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from torch import nn
 
 from . import checkpoint, launch, weights
 from .errors import UserError
-from .frozen import has_parts
+from .frozen import check_parts, has_parts
 from .model import Model
 from .parallel import apply
 from .parallel.mesh import Mesh, close_mesh, launched, open_mesh
@@ -26,7 +28,8 @@ Source = Annotated[
     Path, typer.Argument(metavar="SRC", help="A hub folder, an original release or a run's folder or checkpoint.")
 ]
 Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Steps of the solver.")]
-Guidance = Annotated[float, typer.Option(metavar="G", help="Weight of the prompt; 1: no guidance.")]
+Guidance = Annotated[float, typer.Option(metavar="G", help="Weight of the prompt, to 100; 1: no guidance.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="The same seed gives the same sample.")]
 DType = Annotated[str | None, typer.Option(metavar="T", help=r"bf16 or fp32.  \[default: bf16, on CPU fp32]")]
 Tp = Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the network.")]
 Cp = Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the tokens.")]
@@ -72,6 +75,7 @@ def places(source: Path) -> list[Path]:
 def find_encoders(source: Path, given: Path | None, needed: Sequence[str]) -> Path:
     """Return the folder of the frozen parts: given, beside the weights, or where a run's recipe found them."""
     if given is not None:
+        check_parts(given, needed, "--encoders=")
         return given
     for place in places(source):
         if has_parts(place, needed):
@@ -92,14 +96,33 @@ def find_scheduler(source: Path) -> tuple[Path, dict[str, Any]] | None:
 # ------------------------------------------------------------------------------------------------ devices
 
 
+def check_range(option: str, value: float, low: float, high: float) -> None:
+    """Raise UserError, naming the nearest valid value, unless a number is from ``low`` to ``high``."""
+    if not low <= value <= high:
+        raise UserError(
+            f"{option}={value:g}: must be from {low:g} to {high:g}; nearest: {high if value > high else low:g}"
+        )
+
+
 def check_options(out: Path, suffixes: Sequence[str], overwrite: bool, dtype: str | None) -> None:
     """Raise UserError unless a sample can be written to ``out`` and ``dtype`` is one a network computes in."""
     if out.suffix not in suffixes:
         raise UserError(f"--out={out}: samples are written as {' or '.join(suffixes)}")
-    if out.exists() and not overwrite:
-        raise UserError(f"--out={out}: exists; choose another name, or replace it with --overwrite")
     if dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--dtype={dtype}: must be bf16 or fp32")
+    if os.path.isdir(out):
+        raise UserError(f"--out={out}: is a folder; name a file")
+    if os.path.lexists(out) and not overwrite:
+        raise UserError(f"--out={out}: exists; choose another name, or replace it with --overwrite")
+    place = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not place.is_dir():
+        raise UserError(f"--out={out}: {place} is not a folder")
+    try:
+        # A file as the sample's draft will be; the folders that are missing are made once there is a sample.
+        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{out.name}."):
+            pass
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager

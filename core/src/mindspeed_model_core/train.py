@@ -554,8 +554,9 @@ def _check_kept(last: Path, saved: dict[str, Any], recipe: Recipe) -> None:
 
 def _check_folder(folder: Path) -> None:
     for part in (folder, *folder.parents):
-        if part.exists() and not part.is_dir():
-            raise UserError(f"--run-dir={folder}: {part} is a file; name a folder")
+        if os.path.lexists(part) and not part.is_dir():
+            kind = "a link to nothing" if part.is_symlink() and not part.exists() else "a file"
+            raise UserError(f"--run-dir={folder}: {part} is {kind}; name a folder")
 
 
 def _check_profile(recipe: Recipe, world: int) -> None:

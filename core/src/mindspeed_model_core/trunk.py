@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from functools import cache, partial
 from typing import Any
@@ -18,6 +19,21 @@ State = dict[str, Tensor]
 Context = dict[str, Any]
 
 
+class Noise:
+    """What layers draw random numbers from: the same under every layout, and when a block runs again.
+
+    ``seed`` is the micro-batch's, ``tokens`` are how many it has before ranks share them out.
+    """
+
+    seed: int = 0
+    tokens: int = 0
+
+    def generator(self, name: str, device: torch.device) -> torch.Generator:
+        """Return a layer's generator, by its name in the whole network."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 class Trunk(nn.Module, ABC):
     """A network as embed, a list of alike blocks, finish: core recomputes, compiles, shards and cuts it by these names.
 
@@ -25,7 +41,8 @@ class Trunk(nn.Module, ABC):
     ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed from
     the batch alone is in the Context, made anew on every pipeline stage. ``recompute`` is how many of the blocks held
     here run again in backward, but for their attention if that is what ``recompute_keep`` says. ``sequence_ranks``
-    ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole blocks.
+    ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is
+    set where layers draw random numbers in training.
     """
 
     first: tuple[str, ...] = ()
@@ -35,6 +52,7 @@ class Trunk(nn.Module, ABC):
     recompute_keep: str = "nothing"
     sequence_ranks: int = 1
     cp: ContextParallel | None = None
+    noise: Noise | None = None
 
     @abstractmethod
     def context(self, batch: Batch) -> Context:
@@ -53,6 +71,10 @@ class Trunk(nn.Module, ABC):
         """Return the network's output from the State that leaves the last block."""
 
     @abstractmethod
+    def tokens(self, batch: Batch) -> int:
+        """Return how many tokens a batch's activations have along dim 0, before ranks share them out."""
+
+    @abstractmethod
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the State between two blocks on this process, known from the batch alone."""
 
@@ -65,8 +87,9 @@ class Trunk(nn.Module, ABC):
         """Whether this stage holds the head."""
         return all(hasattr(self, name) for name in self.last)
 
-    def held(self, tokens: int) -> int:
-        """Return how many of a sample's tokens this process holds between tensor-parallel regions."""
+    def held(self, batch: Batch) -> int:
+        """Return how many of a batch's tokens this process holds between tensor-parallel regions."""
+        tokens = self.tokens(batch)
         if self.cp is not None:
             tokens = self.cp.share(tokens)[1]
         return even_share(tokens, self.sequence_ranks)
@@ -74,16 +97,28 @@ class Trunk(nn.Module, ABC):
     def forward(self, batch: Batch, state: State | None = None) -> Tensor | State:
         """Run the blocks this process holds: from ``state`` if given, to the output if the head is here."""
         context = self.context(batch)
+        step = self.step
+        if self.noise is not None and self.training:
+            # Once a micro-batch and on the host, whatever part of the network is here: all ranks draw alike.
+            drawn = (int(torch.randint(2**62, ())), self.tokens(batch))
+            self.noise.seed, self.noise.tokens = drawn
+            step = partial(self._step_with, drawn)
         if state is None:
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):
             if index < self.recompute and torch.is_grad_enabled():
                 state = checkpoint(
-                    self.step, index, block, state, context, use_reentrant=False, **_policy(self.recompute_keep)
+                    step, index, block, state, context, use_reentrant=False, **_policy(self.recompute_keep)
                 )
             else:
-                state = self.step(index, block, state, context)
+                state = step(index, block, state, context)
         return self.finish(state, context) if self.is_last else state
+
+    def _step_with(self, drawn: tuple[int, int], index: int, block: nn.Module, state: State, context: Context) -> State:
+        """Run one block with its micro-batch's noise: others may have come between forward and recomputation."""
+        if self.noise is not None:
+            self.noise.seed, self.noise.tokens = drawn
+        return self.step(index, block, state, context)
 
 
 def _policy(keep: str) -> dict[str, Any]:

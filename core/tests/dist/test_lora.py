@@ -57,18 +57,35 @@ def test_recomputed_blocks_of_frozen_inputs_learn(fields):
     assert trace(again, {}).losses == trace(plain, {}).losses
 
 
-@pytest.mark.parametrize("fields", [{"tp": 2}, {"tp": 2, "sequence": True}], ids=str)
-def test_dropout_is_the_same_under_tensor_parallelism(fields):
-    """One micro-batch a step: the random numbers are then drawn in the same order."""
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("name", ["tp2", "tp2-sequence", "pp2", "tp2-sequence-pp2"])
+def test_dropout_is_the_same_under_every_layout(name, recompute):
+    world, fields = {**LAYOUTS, "tp2-sequence-pp2": (4, {"tp": 2, "sequence": True, "pp": 2})}[name]
     plain = job(dropout=0.4)
-    drop = Job(plain.build, plain.task, lambda step: [_seeded(step)])
-    assert_equivalent(drop, 2, fields, FP64)
-    assert trace(drop, {}).losses != trace(Job(job().build, plain.task, drop.batches), {}).losses
+    drop = Job(plain.build, plain.task, _seeded)
+    once = trace(drop, {})
+    assert_equivalent(Job(plain.build, plain.task, _seeded, recompute=recompute), world, fields, FP64)
+    assert trace(Job(plain.build, plain.task, _seeded, recompute="all"), {}).norms == once.norms
+    assert once.losses != trace(Job(job().build, plain.task, _seeded), {}).losses
 
 
 def _seeded(step):
     torch.manual_seed(step)
-    return toy.batch(step)
+    return [toy.batch(4 * step + i) for i in range(4)]
+
+
+def _seeds(fields):
+    recipe = toy.recipe(lora={"rank": 2, "dropout": 0.5}, parallel=fields)
+    session = train.Session(recipe, toy.TOY, open_mesh(recipe.parallel, torch.device("cpu")), synthetic=True)
+    session.start()
+    session.step()
+    return torch.initial_seed(), session.parallel.net.noise.seed
+
+
+def test_random_numbers_are_those_of_a_data_rank():
+    """Ranks of one sample draw alike, data ranks each their own."""
+    for fields, different in (({}, 2), ({"tp": 2}, 1), ({"pp": 2}, 1)):
+        assert len(set(run_dist(_seeds, 2, fields))) == different
 
 
 def _frozen(fields, precision):

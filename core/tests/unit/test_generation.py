@@ -49,6 +49,8 @@ def test_draws_follow_probabilities_and_the_seed() -> None:
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p=1.1"),
+        ({"seed": 2**63}, "seed=9223372036854775808: must be from 0 to 9223372036854775807"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_impossible_sampling_is_refused(values: Any, message: str) -> None:

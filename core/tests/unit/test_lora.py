@@ -13,6 +13,7 @@ from mindspeed_model_core.parallel import apply, pipeline
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.recipe import LoraConfig, OptimConfig, ParallelConfig, Recipe, validate
 from mindspeed_model_core.testing import toy
+from mindspeed_model_core.trunk import Noise
 
 CPU = Mesh(torch.device("cpu"))
 
@@ -31,7 +32,7 @@ def test_each_stacked_part_has_factors_of_its_own():
     linear = layers.Linear(6, 24, parts=(20, 4)).double()
     x = torch.randn(5, 6, dtype=torch.float64)
     plain = linear(x)
-    linear.lora = lora.Adapter(linear, LoraConfig(rank=3, alpha=1.5)).double()
+    linear.lora = lora.Adapter(linear, LoraConfig(rank=3, alpha=1.5), "layer", Noise()).double()
     for factor in linear.lora.parameters():
         torch.nn.init.normal_(factor)
     a, b = linear.lora.a, linear.lora.b
@@ -61,14 +62,18 @@ def test_training_begins_at_the_weights_and_moves_adapters_alone():
 
 def test_dropout_is_of_the_adapters_input_and_ends_with_training():
     linear = layers.Linear(400, 8, bias=False).double()
-    linear.lora = lora.Adapter(linear, LoraConfig(rank=400, dropout=0.25)).double()
+    noise = Noise()
+    linear.lora = lora.Adapter(linear, LoraConfig(rank=400, dropout=0.25), "layer", noise).double()
     torch.nn.init.zeros_(linear.weight)
     torch.nn.init.eye_(linear.lora.a)
     torch.nn.init.ones_(linear.lora.b)
     x = torch.ones(50, 400, dtype=torch.float64)
     dropped = linear(x)
     # Each of 400 ones is dropped or counts 1 / 0.75.
-    assert torch.allclose(dropped * 0.75, (dropped * 0.75).round()) and not torch.allclose(dropped, linear(x))
+    assert torch.allclose(dropped * 0.75, (dropped * 0.75).round()) and torch.equal(dropped, linear(x))
+    for change in ({"seed": 1}, {"name": "other"}):
+        vars(noise if "seed" in change else linear.lora).update(change)
+        assert not torch.allclose(dropped, dropped := linear(x))
     assert abs(dropped.mean() - 400) < 10
     assert torch.equal(linear.eval()(x), torch.full((50, 8), 400.0, dtype=torch.float64))
 

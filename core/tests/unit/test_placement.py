@@ -49,7 +49,7 @@ def test_every_parameter_has_a_placement():
     [
         ({"tp": 3}, 3, r"tp=3: does not divide the 10 heads of blocks.0.up.weight; valid: 1, 2$"),
         ({"pp": 3}, 3, r"pp=3: does not divide the 4 blocks; valid: 1, 2, 4"),
-        ({"tp": 2, "pp": 2}, 6, r"does not divide the 6 processes"),
+        ({"tp": 2, "pp": 2}, 6, r"does not divide the 6 processes; products that do: 1, 2, 3, 6"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused(fields, world, message):

@@ -1,6 +1,7 @@
 """What goes with weights is found beside them or where a run had it, and options are checked before work begins."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,9 +29,14 @@ def test_encoders_and_scheduler_are_beside_the_weights(tmp_path):
     folder.mkdir()
     with pytest.raises(UserError, match="no vae/, words/ and tokenizer/ there; name their folder with --encoders"):
         find_encoders(folder, None, NEEDED)
-    assert find_encoders(folder, tmp_path / "any", NEEDED) == tmp_path / "any" and find_scheduler(folder) is None
+    assert find_scheduler(folder) is None
     for name in (*NEEDED, "scheduler"):
+        with pytest.raises(
+            UserError, match=f"--encoders={tmp_path}: no {name}/ there; .* vae/, words/, tokenizer/, sched"
+        ):
+            find_encoders(folder, tmp_path, (*NEEDED, "scheduler"))
         (tmp_path / name).mkdir()
+    assert find_encoders(folder / "any", tmp_path, NEEDED) == tmp_path
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"shift": 2}))
     assert find_encoders(folder, None, NEEDED) == find_encoders(tmp_path, None, NEEDED) == tmp_path
@@ -60,14 +66,24 @@ def test_a_run_s_network_is_ready_to_sample(tmp_path):
 
 def test_options_are_checked(tmp_path):
     (tmp_path / "a.png").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
     for options, said in (
         ((tmp_path / "a.gif", (".png", ".jpg"), False, None), "written as .png or .jpg"),
         ((tmp_path / "a.png", (".png",), False, None), "exists; choose another name"),
         ((tmp_path / "b.png", (".png",), False, "fp8"), "--dtype=fp8: must be bf16 or fp32"),
+        ((tmp_path / "folder.png", (".png",), True, None), "--out=.*folder.png: is a folder; name a file"),
+        ((tmp_path / "a.png" / "x.png", (".png",), False, None), "--out=.*x.png: .*/a.png is not a folder"),
+        ((tmp_path / "gone" / "x.png", (".png",), True, None), "--out=.*x.png: .*/gone is not a folder"),
+        ((tmp_path / f"{'x' * 300}.png", (".png",), False, None), "--out=.*x.png: cannot be written: File name too"),
+        ((Path("/proc/x.png"), (".png",), False, None), "--out=/proc/x.png: cannot be written: "),
     ):
         with pytest.raises(UserError, match=said):
             check_options(*options)
     check_options(tmp_path / "a.png", (".png",), True, "bf16")
+    check_options(tmp_path / "new" / "folder" / "a.png", (".png",), False, None)
+    assert sorted(tmp_path.rglob("*")) == before
     cpu, other = torch.device("cpu"), torch.device("meta")
     assert [pick_dtype(*case) for case in ((None, cpu), (None, other), ("fp32", other), ("bf16", cpu))] == [
         torch.float32,

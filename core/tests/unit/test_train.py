@@ -126,6 +126,10 @@ def test_a_file_is_no_run_folder(tmp_path, below):
     folder = tmp_path / "file" / "run" if below else tmp_path / "file"
     with pytest.raises(UserError, match=f"--run-dir={folder}: {tmp_path / 'file'} is a file"):
         train.run(toy.recipe(), toy.TOY, folder)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    folder = tmp_path / "gone" / "run" if below else tmp_path / "gone"
+    with pytest.raises(UserError, match=f"--run-dir={folder}: {tmp_path / 'gone'} is a link to nothing"):
+        train.run(toy.recipe(), toy.TOY, folder)
 
 
 def test_other_files_are_not_called_a_run(tmp_path):

@@ -36,3 +36,23 @@ def test_impossible_sizes_are_refused(preset: str, changes: dict[str, Any], said
     with pytest.raises(UserError, match=said) as caught:
         read_hub_config(tmp_path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.height=-16", "data.height=-16: must be a multiple of 16; try 16"),
+        ("data.height=50", "tiny-t2v: data.height=50: must be a multiple of 16; try 48"),
+        ("data.frames=6", "data.frames: 6 is not 4n \\+ 1; try 5"),
+        ("data.ratios=[1:0]", "data.ratios: '1:0' is not width:height"),
+        ("data.kind=zzz", r"data.kind='zzz'.* \(known: features, null, raw\)"),
+    ],
+)
+def test_overrides_that_cannot_be_name_the_field_and_what_can(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        MODEL.load_recipe("tiny-t2v", [override])
+
+
+def test_a_lone_value_stands_for_a_list_of_it() -> None:
+    for override in ("data.ratios=16:9", "data.ratios=[16:9]"):
+        assert MODEL.load_recipe("tiny-t2v", [override, "data.frames=5"]).data.ratios == ("16:9",)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,20 @@ def test_an_original_release_becomes_the_same_pipeline(tmp_path: Path) -> None:
     assert torch.equal(theirs(tmp_path / "back", what), theirs(hub, what))
 
 
+@pytest.mark.parametrize("layout", ["hub", "original"])
+def test_an_export_that_is_no_pipeline_says_so(hub: Path, tmp_path: Path, layout: str) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "transformer").symlink_to(hub / "transformer")
+    said = {}
+    for name, words in {"bare": [], "whole": ["--extras-from", str(hub)], "chosen": ["--extras-from", "bare"]}.items():
+        words = ["convert", str(tmp_path / "bare"), str(tmp_path / name / layout), "--layout", layout, *words]
+        done = CliRunner().invoke(app(MODEL), [str(tmp_path / "bare") if w == "bare" else w for w in words])
+        assert done.exit_code == 0, done.output
+        said[name] = done.stderr
+    assert "what goes with the network was not found" in said["bare"] and "; --extras-from DIR adds it" in said["bare"]
+    assert said["whole"] == said["chosen"] == ""
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"cp": 2}, {"tp": 2, "cp": 2}], ids=str)
 def test_processes_sample_what_one_does(hub: Path, layout: dict[str, int]) -> None:
@@ -178,7 +193,7 @@ def test_writes_a_video_of_the_given_frames(image_hub: tuple[Path, Sampling], tm
     assert few.exit_code == 2 and f"{words[-2]}: this network makes a video from" in few.output
 
 
-def test_mistakes_are_one_line(hub: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "a.mp4"
     cases: list[tuple[dict[str, Any], str]] = [
         ({"image": tmp_path / "no.png"}, "--image"),
@@ -186,9 +201,17 @@ def test_mistakes_are_one_line(hub: Path, tmp_path: Path) -> None:
         ({"frames": 6}, "--frames=6: must be 4n \\+ 1; try 5"),
         ({"dtype": "fp8"}, "--dtype=fp8"),
         ({"shift": 0.0}, "--shift=0: must be above 0"),
+        ({"frames": -3}, "--frames=-3: must be 4n \\+ 1; try 1"),
+        ({"fps": 0.0}, "--fps=0: must be from 1 to 240; nearest: 1"),
+        ({"fps": -5.0}, "--fps=-5: .*nearest: 1"),
+        ({"guidance": -1.0}, "--guidance=-1: must be from 1 to 100; nearest: 1"),
+        ({"guidance": math.inf}, "--guidance=inf: .*nearest: 100"),
+        ({"guidance": math.nan}, "--guidance=nan: .*nearest: 1"),
         ({"out": tmp_path / "a.gif"}, "written as .mp4"),
         ({"encoders": tmp_path}, "no vae/"),
     ]
+    # Nothing is loaded, not to speak of sampled, before a mistake is found.
+    monkeypatch.setattr("mindspeed_model_wan21.generate.load_network", None)
     for options, said in cases:
         with pytest.raises(UserError, match=said):
             generate_command(hub, **{"prompt": "x", "out": out, "width": 48, "frames": 5, "height": 32, **options})
@@ -196,3 +219,6 @@ def test_mistakes_are_one_line(hub: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists"):
         generate_command(hub, prompt="x", out=out)
     assert out.read_text() == "mine"
+    words = ["generate", str(hub), "--prompt", "x", "--out", str(tmp_path / "b.mp4"), "--seed", str(2**63)]
+    done = CliRunner().invoke(app(MODEL), words)
+    assert done.exit_code == 2 and "--seed" in done.output and str(2**63 - 1) in done.output

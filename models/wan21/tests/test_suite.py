@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,31 @@ class TestTextToVideo(Wan21Suite):
             batches=lambda step: [self.batch(config, 8 * step + i, ODD) for i in range(8)],
         )
         assert_equivalent(job, 4, {"cp": 2, "shard": shard}, FP64)
+
+    @pytest.mark.dist
+    @pytest.mark.parametrize(
+        "fields",
+        [{"cp": 2}, {"tp": 2, "sequence": True, "cp": 2}, {"cp": 2, "pp": 2}, {"tp": 2, "sequence": True}],
+        ids=str,
+    )
+    def test_dropout_is_the_same_under_every_layout(self, fields: dict[str, Any], monkeypatch: Any) -> None:
+        """Adapters of inputs that are shared out by token, or by feature, and of those that every rank has whole."""
+        monkeypatch.setattr(
+            lora, "initialise", lambda name, whole, generator: whole.normal_(0, 0.1, generator=generator)
+        )
+        config, grid = self.config(), (2, 8, 12) if "sequence" in fields else ODD
+
+        def batches(step: int) -> list[Batch]:
+            torch.manual_seed(step)
+            return [{**b, "text": b["text"][:, :9]} for b in (self.batch(config, 2 * step + i, grid) for i in range(2))]
+
+        targets = ("blocks.*", "patches.*", "time.*", "text.*", "head.*")
+        job = self.job(
+            build=lambda: lora.attach(MODEL.build(config), LoraConfig(rank=3, dropout=0.3, targets=targets)),
+            recompute="all",
+        )
+        world = math.prod(fields.get(axis, 1) for axis in ("tp", "cp", "pp"))
+        assert_equivalent(replace(job, batches=batches), world, fields, FP64)
 
     def test_recomputing_all_but_attention_changes_nothing(self) -> None:
         """Attention is kept, where recomputing all runs it again."""

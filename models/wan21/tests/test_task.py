@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mindspeed_model_core.errors import UserError
 from mindspeed_model_wan21 import MODEL
 from mindspeed_model_wan21.encoders import Encoders
 from mindspeed_model_wan21.task import FlowMatching, Wan21Recipe, forward_flops, given_mask
@@ -35,6 +36,17 @@ def test_a_batch_is_noised_and_weighed_sample_by_sample() -> None:
     by_hand = sum(w * ((o - v) ** 2).mean() for w, o, v in zip(batch["weight"], output, batch["velocity"], strict=True))
     torch.testing.assert_close(each.loss(output, batch), torch.as_tensor(by_hand))
     assert each.count(batch) == 3
+
+
+def test_a_folder_of_encoders_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Before training, though features need none: a run's export takes them from there."""
+    for field, said in (
+        (tmp_path / "gone", "no such folder"),
+        (tmp_path, "no vae/ there; .* vae/, text_encoder/, tok"),
+    ):
+        each = task(data={"path": str(tmp_path / "features"), "encoders": str(field)})
+        with pytest.raises(UserError, match=f"data.encoders={field}: {said}"):
+            each.data(0, 1)
 
 
 def test_levels_and_weights_are_the_published_ones() -> None:

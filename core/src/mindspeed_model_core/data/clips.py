@@ -47,8 +47,8 @@ class PictureData(Section):
     encoders: str | None = local(
         None, description="the folder with the frozen encoders, as vae/; null: that of init_from"
     )
-    height: PositiveInt
-    width: PositiveInt
+    height: int
+    width: int
     ratios: tuple[str, ...] = Field(
         (), description="aspects that may be kept, as 16:9, at the area of height x width; none: that of both"
     )
@@ -175,7 +175,7 @@ class ClipData(PictureData):
 def check_sides(sides: Mapping[str, int], step: int) -> None:
     """Raise ValueError for a side, by its name, that is not a multiple of ``step``."""
     for name, side in sides.items():
-        if side % step:
+        if side < step or side % step:
             raise ValueError(f"{name}={side}: must be a multiple of {step}; try {max(1, round(side / step)) * step}")
 
 

@@ -144,14 +144,17 @@ class FinalPatches(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """The diffusion time as sinusoids (cosines first) through two layers, and from that the blocks' modulations."""
+    """The diffusion time as sinusoids (cosines first) through two layers, and from that the blocks' modulations.
+
+    All of it is in fp32 or wider, whatever the weights are in, as in the original release: it scales every token.
+    """
 
     def __init__(self, frequencies: int, width: int, modulations: int) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.up = Linear(frequencies, width)
-        self.out = Linear(width, width)
-        self.modulations = Linear(width, modulations * width)
+        self.up = Linear(frequencies, width, tokens="none")
+        self.out = Linear(width, width, tokens="none")
+        self.modulations = Linear(width, modulations * width, tokens="none")
 
     def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``[1, batch, width]`` and ``[modulations, batch, width]`` for ``time [batch]`` from 0 to 1000."""
@@ -159,7 +162,8 @@ class TimeEmbedding(nn.Module):
         half = self.frequencies // 2
         steps = torch.arange(half, device=time.device, dtype=wide)
         angle = time.to(wide)[:, None] * torch.exp(-math.log(10000) * steps / half)
-        waves = torch.cat((angle.cos(), angle.sin()), -1).to(self.up.weight.dtype)
+        waves = torch.cat((angle.cos(), angle.sin()), -1)
+        waves = waves.to(torch.promote_types(self.up.weight.dtype, torch.float32))
         embedded = self.out(F.silu(self.up(waves)))
         parts = self.modulations(F.silu(embedded)).unflatten(-1, (-1, embedded.shape[-1]))
         return embedded[None], parts.movedim(1, 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,8 +17,10 @@ class Linear(nn.Linear):
 
     ``parts`` are sizes of projections stacked in the output (q, k, v), each shared out on its own; ``unit`` is the
     smallest block that must stay whole, such as a head's width. Sequence parallelism shares out the tokens of the
-    input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video. ``lora``
-    is an adapter, once one is attached.
+    input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video. With
+    ``tokens="none"`` the input has none, as a time step's, but what follows works on this rank's. An input wider than
+    the weights, as fp32 beside bf16, is computed with in its own dtype where nothing is shared out. ``lora`` is an
+    adapter, once one is attached.
     """
 
     tp: TensorParallel | None = None
@@ -31,7 +34,7 @@ class Linear(nn.Linear):
         split: Literal["out", "in"] | None = None,
         parts: tuple[int, ...] = (),
         unit: int = 1,
-        tokens: Literal["own", "all"] = "own",
+        tokens: Literal["own", "all", "none"] = "own",
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.split, self.parts, self.unit, self.tokens = split, parts, unit, tokens
@@ -49,7 +52,7 @@ class Linear(nn.Linear):
 
     @property
     def _shares_tokens(self) -> bool:
-        return self.tp is not None and self.tp.sequence and self.tokens == "own"
+        return self.tp is not None and self.tp.sequence and self.tokens != "all"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[tokens, ..., in]`` to ``[tokens, ..., out]``; under TP one of the two is this rank's share."""
@@ -58,7 +61,28 @@ class Linear(nn.Linear):
 
     def _project(self, x: Tensor) -> Tensor:
         if self.tp is None or self.split is None:
+            if x.dtype != self.weight.dtype == torch.bfloat16:
+                return _Wide.apply(x, self.weight, self.bias)
             return F.linear(x, self.weight, self.bias)
         if self.split == "out":
             return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
         return self.tp.row(x, self.weight, self.bias, self._shares_tokens)
+
+
+class _Wide(torch.autograd.Function):
+    """A linear map in the input's dtype; the weights' copies in it live no longer than each product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None,
+            (rows.T @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None,
+        )

@@ -62,7 +62,8 @@ class Parallel:
 def check(net: Trunk, parallel: ParallelConfig, world: int) -> None:
     """Raise UserError when the network cannot be cut this way; needs no process group."""
     if world % parallel.model:
-        raise UserError(f"{parallel.product} does not divide the {world} processes")
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        raise UserError(f"{parallel.product} does not divide the {world} processes; products that do: {_list(fits)}")
     blocks = len(net.blocks)
     if blocks % parallel.pp:
         fits = [n for n in range(1, blocks + 1) if blocks % n == 0]
@@ -168,7 +169,7 @@ def _share_context(net: Trunk, mesh: Mesh) -> None:
         return
     net.cp = ContextParallel(mesh.groups["cp"], mesh.cp_rank, mesh.cp)
     for module in net.modules():
-        if isinstance(module, ContextShared):
+        if isinstance(module, ContextShared | lora.Adapter):
             module.cp = net.cp
 
 

@@ -35,7 +35,7 @@ def run(parallel: Parallel, batches: list[Batch], loss: Callable[[Tensor, Batch]
 
     def step(batch: Batch, received: Tensor | None) -> Tensor:
         out = net(batch, None if received is None else unpack(received, net.shapes(batch)))
-        return scaled(out, batch) if mesh.is_last_stage else pack(out)
+        return scaled(out, batch) if mesh.is_last_stage else pack(out, parallel.compute)
 
     shapes = [packed_shape(net.shapes(batch)) for batch in batches]
     engine.one_f_one_b(
@@ -54,9 +54,9 @@ def packed_shape(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
     return rows, widths.pop()
 
 
-def pack(state: State) -> Tensor:
-    """Join a State's tensors along their rows."""
-    rows = [tensor.flatten(0, -2) for tensor in state.values()]
+def pack(state: State, dtype: torch.dtype) -> Tensor:
+    """Join a State's tensors along their rows, in the one dtype that crosses stages."""
+    rows = [tensor.flatten(0, -2).to(dtype) for tensor in state.values()]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 

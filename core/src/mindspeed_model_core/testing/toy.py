@@ -70,9 +70,13 @@ class Toy(Trunk):
         """Return logits or losses."""
         return self.head(state["x"], context["labels"])
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the rows."""
+        return len(batch["ids"])
+
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the rows at a stage boundary."""
-        return {"x": (self.held(len(batch["ids"])), WIDTH)}
+        return {"x": (self.held(batch), WIDTH)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Draw everything from a normal."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -35,6 +35,7 @@ class ToyData(Section):
 
     path: str | None = local(None)
     length: PositiveInt = 16
+    kind: Literal["csv", "text"] | None = local(None)
 
 
 class ToyRecipe(Recipe):
@@ -89,9 +90,13 @@ class Toy(Trunk):
         """Return logits or losses."""
         return self.head(self.norm(state["x"]), context["labels"])
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the tokens of all documents."""
+        return len(batch["tokens"])
+
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the State's shape."""
-        return {"x": (len(batch["tokens"]) // self.sequence_ranks, self.config.width)}
+        return {"x": (self.held(batch), self.config.width)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Draw everything from a normal."""

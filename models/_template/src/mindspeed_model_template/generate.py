@@ -52,7 +52,9 @@ def generate_command(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
     length: Annotated[int, typer.Option(metavar="N", min=1, help="Bytes to write.")] = 200,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the likeliest byte.")] = 0.8,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="The same seed gives the same text.")
+    ] = 0,
 ) -> None:
     """Continue a text, shown as it is generated."""
     sys.stdout.write(prompt)

@@ -59,9 +59,13 @@ class Template(Trunk):
         """Return logits ``[tokens, vocab]``, or with labels each token's loss."""
         return self.head(self.norm(state["x"]), context["labels"])
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the rows that go through the blocks."""
+        return int(batch["before"].shape[1])
+
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the activations' shape; sequence parallelism keeps this rank's share of the tokens."""
-        return {"x": (self.held(batch["before"].shape[1]), self.config.hidden_size)}
+        return {"x": (self.held(batch), self.config.hidden_size)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Norms start at one, matrices at a normal of ``initializer_range``."""

@@ -72,9 +72,13 @@ class Llama2(Trunk):
             cache.advance(len(context["tables"][0]) // cache.batch)
         return self.head(self.norm(state["x"]), context["labels"])
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the tokens of all documents."""
+        return len(batch["tokens"])
+
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the activations' shape; sequence parallelism keeps this rank's share of the tokens."""
-        return {"x": (self.held(len(batch["tokens"])), self.config.hidden_size)}
+        return {"x": (self.held(batch), self.config.hidden_size)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Norms start at one, matrices at a normal of ``initializer_range``."""

@@ -18,10 +18,12 @@ from mindspeed_model_core.sampling import (
     DType,
     Guidance,
     Overwrite,
+    Seed,
     Source,
     Steps,
     Tp,
     check_options,
+    check_range,
     find_encoders,
     find_scheduler,
     load_network,
@@ -30,6 +32,7 @@ from mindspeed_model_core.sampling import (
 )
 from torch import Tensor
 
+from .config import Wan21Config
 from .encoders import NEEDED, Encoders
 from .model import Wan21
 
@@ -67,7 +70,7 @@ class Transformer(Denoiser):
 class Sampling:
     """What to sample: ``height`` and ``width`` in pixels, ``frames`` 4n + 1; ``image`` and ``last_image`` are files.
 
-    ``shift`` of the noise levels, None: the network's.
+    ``shift`` of the noise levels, None: the network's. UserError for a size that cannot be.
     """
 
     prompt: str
@@ -81,6 +84,14 @@ class Sampling:
     guidance: float = 5.0
     shift: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, side in (("--height", self.height), ("--width", self.width)):
+            if side < 16 or side % 16:
+                raise UserError(f"{name}={side}: must be a multiple of 16; try {max(1, round(side / 16)) * 16}")
+        if self.frames < 1 or self.frames % 4 != 1:
+            near = max(0, round((self.frames - 1) / 4)) * 4 + 1
+            raise UserError(f"--frames={self.frames}: must be 4n + 1; try {near}")
 
 
 def find_shift(source: Path) -> float | None:
@@ -96,7 +107,7 @@ def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
     """Return uint8 frames ``[frames, 3, height, width]``, by diffusers' pipeline with its UniPC scheduler."""
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 
-    given = _given(net, what)
+    given = _given(net.config, what)
     shift = net.config.shift if what.shift is None else what.shift
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
@@ -131,15 +142,10 @@ def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
     return (video.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def _given(net: Wan21, what: Sampling) -> list[Tensor]:
+def _given(config: Wan21Config, what: Sampling) -> list[Tensor]:
     """Return the given frames, uint8 ``[3, height, width]``; UserError unless they are those the network takes."""
-    for name, side in (("--height", what.height), ("--width", what.width)):
-        if side < 16 or side % 16:
-            raise UserError(f"{name}={side}: must be a multiple of 16; try {max(1, round(side / 16)) * 16}")
-    if what.frames % 4 != 1:
-        raise UserError(f"--frames={what.frames}: must be 4n + 1; try {max(0, round((what.frames - 1) / 4)) * 4 + 1}")
     files = {"--image": what.image, "--last-image": what.last_image}
-    wanted = {"none": (), "first": ("--image",), "first-last": ("--image", "--last-image")}[net.config.conditioning]
+    wanted = {"none": (), "first": ("--image",), "first-last": ("--image", "--last-image")}[config.conditioning]
     for name, file in files.items():
         if name in wanted and file is None:
             raise UserError(f"{name}: this network makes a video from {' and '.join(wanted)}; give it")
@@ -166,7 +172,7 @@ def generate_command(
     height: Annotated[int, typer.Option(metavar="N", help="Pixels, a multiple of 16.")] = 480,
     width: Annotated[int, typer.Option(metavar="N", help="Pixels, a multiple of 16.")] = 832,
     frames: Annotated[int, typer.Option(metavar="N", help="4n + 1.")] = 81,
-    fps: Annotated[float, typer.Option(metavar="F", help="Frames per second of the file.")] = 16.0,
+    fps: Annotated[float, typer.Option(metavar="F", help="Frames per second of the file, 1 to 240.")] = 16.0,
     steps: Steps = 50,
     guidance: Guidance = 5.0,
     shift: Annotated[
@@ -177,7 +183,7 @@ def generate_command(
             "3 with a first frame (the release has 5 in 720p), 16 with a last one too]",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same video.")] = 0,
+    seed: Seed = 0,
     dtype: DType = None,
     tp: Tp = 1,
     cp: Cp = 1,
@@ -192,6 +198,8 @@ def generate_command(
     from . import MODEL
 
     check_options(out, (".mp4",), overwrite, dtype)
+    check_range("--fps", fps, 1, 240)
+    check_range("--guidance", guidance, 1, 100)
     if shift is not None and not 0 < shift < math.inf:
         raise UserError(f"--shift={shift:g}: must be above 0; 1 leaves the noise levels as they are")
     where = find_encoders(weights.check_folder(source), encoders, NEEDED)
@@ -208,6 +216,8 @@ def generate_command(
         find_shift(source) if shift is None else shift,
         seed,
     )
+    # Before devices are taken and weights read: a mistake in what is given costs nothing.
+    _given(weights.read_config(source, MODEL), what)
     with open_devices(tp, cp) as mesh:
         kind = pick_dtype(dtype, mesh.device)
         net = load_network(source, MODEL, mesh, kind)

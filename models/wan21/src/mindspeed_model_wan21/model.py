@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from mindspeed_model_core import nn as layers
@@ -120,12 +122,15 @@ class Wan21(Trunk):
         """Return the velocity of all tokens, on every rank."""
         return self.head(state["x"], state["time"], context["grid"], self.cp)
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the tokens of a clip."""
+        return math.prod(self._grid(batch))
+
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the State's shapes; this rank holds its share of the tokens and all of the rest."""
         size, width = len(batch["x"]), self.config.width
-        t, h, w = self._grid(batch)
         others = batch["text"].shape[1] + (batch["image"].shape[1] if "image" in batch else 0)
-        rows = {"x": self.held(t * h * w), "time": 1, "times": 6, "others": others}
+        rows = {"x": self.held(batch), "time": 1, "times": 6, "others": others}
         return {name: (count, size, width) for name, count in rows.items()}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:

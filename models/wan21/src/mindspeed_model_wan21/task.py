@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.flow import FlowConfig, add_noise, velocity_loss
+from mindspeed_model_core.frozen import check_parts
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Loader, Unit, Work
 from mindspeed_model_core.trunk import Batch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .config import Wan21Config
 from .data import WanData, open_data, synthetic_data
+from .encoders import NEEDED
 from .model import TEXT_TOKENS
 
 
@@ -35,6 +37,9 @@ class FlowMatching:
 
     def data(self, rank: int, ranks: int) -> Loader:
         """Open the recipe's videos, or what was prepared of them, for one data rank."""
+        if self.recipe.data.encoders is not None:
+            # Features need none, but what is exported of the run has them from there.
+            check_parts(self.recipe.data.encoders, NEEDED, "data.encoders=")
         return open_data(self.recipe, self.config, rank, ranks)
 
     def synthetic(self, rank: int, ranks: int) -> Loader:
