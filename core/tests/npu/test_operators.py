@@ -66,6 +66,24 @@ def test_rms_norm_and_its_derivative() -> None:
     compare(fused, lambda x, g: F.rms_norm(x, (8,), g, 1e-5), draw(3, 5, 8), draw(8))
 
 
+@pytest.mark.parametrize("asked", ["both", "normed", "sum"])
+def test_add_layer_norm_and_its_derivative(asked: str) -> None:
+    """Of what is returned, a gradient may come from the normed, the sum, or both."""
+
+    def pick(normed: Tensor, total: Tensor) -> Tensor:
+        return {"both": torch.cat((normed, total)), "normed": normed, "sum": total}[asked]
+
+    def fused(x: Tensor, y: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        normed, _, _, total = ops.npu_add_layer_norm(x, y, g, b, 1e-3, True)
+        return pick(normed, total)
+
+    def plain(x: Tensor, y: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        # With nothing left of the norm, the kernel still gives its parameters a gradient of zero.
+        return pick(F.layer_norm(x + y, (8,), g, b, 1e-3), x + y + 0 * (g + b))
+
+    compare(fused, plain, draw(3, 5, 8), draw(3, 5, 8, seed=1), draw(8), draw(8, seed=1))
+
+
 def test_swiglu_and_its_derivative() -> None:
     def plain(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
@@ -327,9 +345,22 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a scale of another width": (lambda: ops.npu_rms_norm(half(2, 8), half(4)), "gamma"),
     "a norm in fp64": (lambda: ops.npu_rms_norm(double(2, 8), double(8)), "fp32, not|dtype"),
     "a residual of another shape": (lambda: ops.npu_add_rms_norm(half(2, 8), half(1, 8), half(8)), "shape"),
+    "a shift unlike the scale": (lambda: ops.npu_add_layer_norm(half(2, 8), half(2, 8), half(8), half(1)), "one shape"),
+    "a scale of another end": (lambda: ops.npu_add_layer_norm(half(2, 8), half(2, 8), half(2), half(2)), "the end"),
+    "a sum of two types": (lambda: ops.npu_add_layer_norm(half(2, 8), single(2, 8), half(8), half(8)), "type"),
+    "a sum in fp64": (lambda: ops.npu_add_layer_norm(*[double(2, 8)] * 2, *[double(8)] * 2), "fp32, not|dtype"),
     "an odd width": (lambda: ops.npu_swiglu(half(2, 7)), "is even|divi"),
     "cos that does not spread": (lambda: rotate((2, 3, 5, 8), (1, 1, 4, 8), (1, 1, 4, 8)), "spreads|shape"),
     "cos unlike sin": (lambda: rotate((2, 3, 5, 8), COS, (1, 1, 1, 8)), "shape"),
+    "a thousand heads": (lambda: rotate((1, 3, 1000, 8), (1, 3, 1, 8), (1, 3, 1, 8)), "below 1000 each"),
+    "a thousand heads in all": (
+        lambda: rotate((1, 25, 40, 8), (1, 1, 1, 8), (1, 1, 1, 8), mode="interleave"),
+        "below 1000 when",
+    ),
+    "tables by sample": (
+        lambda: rotate((2, 3, 5, 8), (2, 3, 1, 8), (2, 3, 1, 8), mode="interleave"),
+        "between tokens alone",
+    ),
     "an unknown rotary mode": (lambda: rotate((2, 3, 5, 8), COS, COS, mode="third"), "mode"),
     "an unknown layout": (lambda: attend(*SAME, layout="BDSN"), "layout"),
     "heads that are not q's": (lambda: attend(*SAME, heads=2), "head_num=2"),

@@ -39,6 +39,13 @@ class RMSNorm(nn.Module):
         square = self.tp.sum_features(ops.sum_of_squares(x))
         return ops.rms_norm_given(x, square / self.width, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + residual`` normalised, and the sum; both are ``[..., width]``."""
+        if self.tp is None or self.unit is None:
+            return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        total = x + residual
+        return self(total), total
+
 
 class LayerNorm(nn.Module):
     """Layer norm over the last dim (Ba et al. 2016, arXiv:1607.06450) with a learned scale and shift.

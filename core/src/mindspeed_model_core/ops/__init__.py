@@ -3,7 +3,7 @@
 from .adaln import adaln, gated_add
 from .attention import attention, full_attention
 from .loss import cross_entropy
-from .norm import layer_norm, rms_norm, rms_norm_given, sum_of_squares
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
 from .swiglu import swiglu
 from .table import TABLE, Entry, Op, at_level, level, op
@@ -13,6 +13,8 @@ __all__ = [
     "Entry",
     "Op",
     "adaln",
+    "add_layer_norm",
+    "add_rms_norm",
     "at_level",
     "attention",
     "cross_entropy",

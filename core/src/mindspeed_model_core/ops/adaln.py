@@ -8,13 +8,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from .norm import layer_norm
+from .table import op
 
 
+@op
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return ``layer_norm(x) * (1 + scale) + shift`` in ``x``'s dtype; the norm has no parameters of its own."""
-    return (layer_norm(x, None, None, eps) * (1 + scale) + shift).to(x.dtype)
+    return (layer_norm.reference(x, None, None, eps) * (1 + scale) + shift).to(x.dtype)
 
 
+@op
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Return ``x + y * gate`` in ``x``'s dtype."""
     return (x + y * gate).to(x.dtype)
+
+
+# torch_npu has no fused op that takes modulations of another type than x: there, both are what PyTorch makes of them.
+adaln.compiled_on("cuda")
+gated_add.compiled_on("cuda")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .table import op
 
 IGNORE = -100
 
@@ -45,6 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out.to(logits.dtype), None, None, None
 
 
+@op
 def cross_entropy(logits: Tensor, labels: Tensor, *, start: int = 0, group: Any = None) -> Tensor:
     """Return ``-log softmax(logits)[label]`` per token in fp32 (fp64 for fp64 logits), 0 where the label is -100.
 
@@ -52,3 +57,28 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, start: int = 0, group: Any 
     ranks that hold the rest. ``labels`` is int64 ``[tokens]``.
     """
     return _CrossEntropy.apply(logits, labels, start, group)
+
+
+def _direct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss as a formula that compiles into passes over the logits, with nothing of their size kept."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    # A comparison, because the derivative of an index would be written to memory by itself.
+    mine = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+    target = torch.where(mine, wide, 0).sum(-1)
+    return (wide.logsumexp(-1) - target) * (labels != IGNORE)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_direct, dynamic=True)
+
+
+# torch_npu's fused loss is none for this: it is in the logits' type, keeps all probabilities, and knows no ranks.
+@cross_entropy.on(
+    "cuda",
+    "torch.compile",
+    when="all of the vocabulary on one rank",
+    takes=lambda logits, labels, *, start=0, group=None: start == 0 and group is None,
+)
+def _fused(logits: Tensor, labels: Tensor, *, start: int = 0, group: Any = None) -> Tensor:
+    return _compiled()(logits, labels)

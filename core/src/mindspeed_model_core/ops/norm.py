@@ -1,6 +1,8 @@
-"""Normalisations."""
+"""Normalisations, alone and of a sum."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,13 @@ from torch import Tensor
 
 from .table import FLOATS, op
 
+Pair = tuple[Tensor, Tensor]
+
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    # On CUDA this is one kernel of PyTorch's, forward and backward.
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -25,17 +30,113 @@ def _npu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]  # type: ignore[no-any-return]
 
 
+@op
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Pair:
+    """Return ``rms_norm(x + residual)`` and the sum; both terms have one shape."""
+    total = x + residual
+    return rms_norm.reference(total, weight, eps), total
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    """torch_npu has no derivative of its sum and norm; that of the norm, from what both keep, is its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Pair:
+        normed, rstd, total = torch.ops.npu.npu_add_rms_norm(x, residual, weight, epsilon=eps)
+        ctx.save_for_backward(total, weight, rstd)
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, grad_normed: Tensor, grad_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight, rstd = ctx.saved_tensors
+        grad, grad_weight = torch.ops.npu.npu_rms_norm_backward(grad_normed, total, weight, rstd)
+        grad = grad + grad_total
+        return grad, grad, grad_weight.to(weight.dtype), None
+
+
+@add_rms_norm.on(
+    "npu",
+    "npu_add_rms_norm npu_rms_norm_backward",
+    when="fp16, bf16, fp32; terms and scale of the same type",
+    takes=lambda x, residual, weight, eps: (
+        x.dtype in FLOATS and weight.dtype == x.dtype == residual.dtype and residual.shape == x.shape
+    ),
+)
+def _npu_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Pair:
+    return _AddRMSNorm.apply(x, residual, weight, eps)
+
+
+add_rms_norm.compiled_on("cuda")
+
+
+@op
 def sum_of_squares(x: Tensor) -> Tensor:
     """Return the sum of ``x^2`` over the last dim, kept with size 1, in fp32 or wider."""
     wide = x if x.dtype == torch.float64 else x.float()
     return wide.square().sum(-1, keepdim=True)
 
 
+sum_of_squares.compiled_on("cuda")
+
+
+@op
 def rms_norm_given(x: Tensor, mean_square: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``rms_norm`` of features whose mean square ``[..., 1]`` over all ranks is known."""
     return (x * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight
 
 
+rms_norm_given.compiled_on("cuda")
+
+
+@op
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dim, statistics in fp32 or wider."""
+    # CUDA and torch_npu each have one kernel for this.
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+@op
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Pair:
+    """Return ``layer_norm(dropout(x) + residual)`` and the sum; both terms have one shape.
+
+    ``dropout`` is the share of ``x`` that becomes zero in ``training``, by the device's generator.
+    """
+    total = _dropped(x, dropout, training) + residual
+    return layer_norm.reference(total, weight, bias, eps), total
+
+
+def _dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
+    return F.dropout(x, dropout) if training and dropout > 0 else x
+
+
+@add_layer_norm.on(
+    "npu",
+    "npu_add_layer_norm npu_add_layer_norm_backward",
+    when="fp16, bf16, fp32; terms, scale and shift of the same type",
+    takes=lambda x, residual, weight, bias, eps, dropout=0.0, training=False: (
+        x.dtype in FLOATS and weight.dtype == bias.dtype == x.dtype == residual.dtype and residual.shape == x.shape
+    ),
+)
+def _npu_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Pair:
+    dropped = _dropped(x, dropout, training)
+    normed, _, _, total = torch.ops.npu.npu_add_layer_norm(dropped, residual, weight, bias, eps, True)
+    return normed, total
+
+
+add_layer_norm.compiled_on("cuda")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .table import FLOATS, op
 
 Tables = tuple[Tensor, Tensor]
 
@@ -35,6 +38,7 @@ def _angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Te
     return positions.to(dtype)[:, None] * frequency
 
 
+@op
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x [tokens, heads, dim]`` by the tables ``[tokens, dim]``; element i pairs with i + dim/2."""
     cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
@@ -43,9 +47,44 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, turned, sin)
 
 
+@op
 def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x [tokens, ..., dim]`` by the tables ``[tokens, dim]``, in fp32 or wider; 2i pairs with 2i + 1."""
     shape = (len(x), *(1,) * (x.dim() - 2), x.shape[-1])
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), -1).flatten(-2)
     return (x * cos.view(shape) + turned * sin.view(shape)).to(x.dtype)
+
+
+def _kernel_turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether torch_npu's kernel takes the types and the width, and nobody asks for the tables' gradients."""
+    constant = not (cos.requires_grad or sin.requires_grad)
+    return constant and x.dtype in FLOATS and cos.dtype == sin.dtype == torch.float32 and x.shape[-1] < 896
+
+
+@rope.on(
+    "npu",
+    "npu_rotary_mul npu_rotary_mul_backward",
+    when="fp16, bf16, fp32; constant tables; dim below 896, fewer than 1000 heads",
+    takes=lambda x, cos, sin: _kernel_turns(x, cos, sin) and x.shape[1] < 1000,
+)
+def _npu_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = (table.to(x.dtype)[None, :, None] for table in (cos, sin))
+    return torch.ops.npu.npu_rotary_mul(x[None], cos, sin, "half")[0]  # type: ignore[no-any-return]
+
+
+@rope_interleaved.on(
+    "npu",
+    "npu_rotary_mul npu_rotary_mul_backward",
+    when="fp16, bf16, fp32; constant tables; 3 or 4 dims, dim below 896, fewer than 1000 heads in all samples",
+    takes=lambda x, cos, sin: _kernel_turns(x, cos, sin) and x.dim() in (3, 4) and math.prod(x.shape[1:-1]) < 1000,
+)
+def _npu_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    wide = x.float() if x.dim() == 4 else x.float()[:, None]
+    turned: Tensor = torch.ops.npu.npu_rotary_mul(wide, cos, sin, "interleave")
+    return turned.view(x.shape).to(x.dtype)
+
+
+rope.compiled_on("cuda")
+rope_interleaved.compiled_on("cuda")

@@ -30,8 +30,9 @@ class Block(nn.Module):
         cache: tuple[layers.KVCache, int] | None = None,
     ) -> Tensor:
         """Map ``[tokens, hidden]`` to the same shape."""
-        x = x + self.attention(self.input_norm(x), tables, lengths, cache)
-        return x + self.mlp(self.post_attention_norm(x))
+        y = self.attention(self.input_norm(x), tables, lengths, cache)
+        y, x = self.post_attention_norm.add(y, x)
+        return x + self.mlp(y)
 
 
 class Llama2(Trunk):

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from . import activation, norm
+from . import activation, adaln, loss, norm, rope
 from .case import Case, check, run, wanted
 
-CASES: tuple[Case, ...] = (*norm.CASES, *activation.CASES)
+CASES: tuple[Case, ...] = (*norm.CASES, *activation.CASES, *rope.CASES, *adaln.CASES, *loss.CASES)
 
 __all__ = ["CASES", "Case", "check", "run", "wanted"]

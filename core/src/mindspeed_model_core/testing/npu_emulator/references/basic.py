@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,48 @@ def _add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) 
     total = x1.float() + x2.float()
     y, rstd = _rms_norm(total, gamma, epsilon)
     return y.to(x1.dtype), rstd, total.to(x1.dtype)
+
+
+@rule("npu_add_layer_norm")
+def _check_add_layer_norm(x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, **_: object) -> None:
+    require(x1.shape == x2.shape and x1.dtype == x2.dtype, "x1 and x2 have one shape and one type")
+    require(x1.dtype in FLOATS, f"x1 is fp16, bf16 or fp32, not {x1.dtype}")
+    require(gamma.shape == beta.shape and gamma.dtype == beta.dtype, "gamma and beta have one shape and one type")
+    tail = tuple(x1.shape[x1.dim() - gamma.dim() :])
+    require(tail == tuple(gamma.shape), f"gamma {tuple(gamma.shape)} is the end of x1's {tuple(x1.shape)}")
+
+
+@reference("npu_add_layer_norm")
+def _add_layer_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, epsilon: float = 1e-5, additional_output: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Ba et al. 2016, arXiv:1607.06450, of a sum; then mean, 1 / deviation, and the sum where it is asked for."""
+    total = x1.float() + x2.float()
+    dims = _normed(total, gamma)
+    mean = total.mean(dims, keepdim=True)
+    rstd = torch.rsqrt((total - mean).square().mean(dims, keepdim=True) + epsilon)
+    y = (total - mean) * rstd * gamma.float() + beta.float()
+    return y.to(x1.dtype), mean, rstd, total.to(x1.dtype) if additional_output else None
+
+
+@reference("npu_add_layer_norm_backward")
+def _add_layer_norm_backward(
+    dy_opt: Tensor | None,
+    x1: Tensor,
+    x2: Tensor,
+    rstd: Tensor,
+    mean: Tensor,
+    gamma: Tensor,
+    dsum_opt: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dims, total = _normed(x1, gamma), x1.float() + x2.float()
+    grad = torch.zeros_like(total) if dy_opt is None else dy_opt.float()
+    unit, scaled = (total - mean) * rstd, grad * gamma.float()
+    dx = rstd * (scaled - scaled.mean(dims, keepdim=True) - unit * (scaled * unit).mean(dims, keepdim=True))
+    if dsum_opt is not None:
+        dx = dx + dsum_opt.float()
+    dx = dx.to(x1.dtype)
+    return dx, dx, (grad * unit).sum_to_size(gamma.shape), grad.sum_to_size(gamma.shape)
 
 
 # --- activations
@@ -101,13 +145,19 @@ def _turned(x: Tensor, mode: str) -> Tensor:
 
 
 @rule("npu_rotary_mul")
-def _check_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotate: Tensor | None = None, **_: object) -> None:
+def _check_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", **_: object) -> None:
     require(input.dim() == r1.dim() == 4, f"input and cos have 4 dims, not {input.dim()} and {r1.dim()}")
     require(r1.shape == r2.shape, "cos and sin have one shape")
     require(input.dtype in FLOATS and r1.dtype == r2.dtype, "types are fp16, bf16 or fp32, alike for cos and sin")
     require(input.shape[-1] % 2 == 0 and input.shape[-1] < 896, f"the width {input.shape[-1]} is even and below 896")
     fits = all(b in (1, a) for a, b in zip(input.shape, r1.shape, strict=True)) and r1.shape[-1] == input.shape[-1]
     require(fits, f"cos {tuple(r1.shape)} spreads over input {tuple(input.shape)}")
+    spread = [a for a, b in zip(input.shape[:3], r1.shape[:3], strict=True) if b == 1]
+    if rotary_mode == "half":
+        require(all(a < 1000 for a in spread), f"samples and heads are below 1000 each, not {spread}")
+    else:
+        require(len(spread) > 1, f"cos {tuple(r1.shape)} differs between tokens alone when pairs lie side by side")
+        require(math.prod(spread) < 1000, f"samples times heads, {spread}, are below 1000 when pairs lie side by side")
 
 
 @reference("npu_rotary_mul")

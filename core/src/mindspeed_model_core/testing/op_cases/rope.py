@@ -1,0 +1,63 @@
+"""Rotary position embedding, by angles that no table was made for: a rotation is one for any."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from .case import Case, draw
+
+
+def _half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply complex numbers whose parts are the halves."""
+    half = x.shape[-1] // 2
+    turn = torch.complex(cos[:, None, :half].to(x.dtype), sin[:, None, :half].to(x.dtype))
+    turned = torch.complex(x[..., :half], x[..., half:]) * turn
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply complex numbers whose parts lie side by side."""
+    turn = torch.complex(cos[:, ::2].to(x.dtype), sin[:, ::2].to(x.dtype))
+    turn = turn.view(len(x), *(1,) * (x.dim() - 2), x.shape[-1] // 2)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+def _tables(tokens: int, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    angle = 3 * draw(tokens, dim // 2, seed=5)
+    angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
+    return angle.cos(), angle.sin()
+
+
+def _half_case(*shape: int, apart: tuple[str, ...] = ()) -> Case:
+    return Case(
+        ops.rope,
+        "x".join(map(str, shape)),
+        (draw(*shape),),
+        _half,
+        _tables(shape[0], shape[-1], False),
+        reference_on=apart,
+    )
+
+
+def _interleaved_case(*shape: int, apart: tuple[str, ...] = ()) -> Case:
+    return Case(
+        ops.rope_interleaved,
+        "x".join(map(str, shape)),
+        (draw(*shape),),
+        _interleaved,
+        _tables(shape[0], shape[-1], True),
+        reference_on=apart,
+    )
+
+
+CASES = (
+    *(_half_case(*shape) for shape in ((70, 3, 64), (33, 10, 80), (7, 2, 128), (1, 1, 2), (0, 4, 64), (3, 999, 4))),
+    *(_half_case(*shape, apart=("npu",)) for shape in ((3, 1000, 4), (3, 2, 896))),
+    *(
+        _interleaved_case(*shape)
+        for shape in ((70, 2, 3, 64), (33, 1, 12, 80), (7, 2, 4, 128), (5, 3, 64), (0, 2, 4, 64), (3, 27, 37, 4))
+    ),
+    *(_interleaved_case(*shape, apart=("npu",)) for shape in ((3, 25, 40, 4), (3, 2, 2, 896), (9, 64))),
+)

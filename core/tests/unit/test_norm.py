@@ -1,0 +1,25 @@
+"""The layer that adds and normalises gives, bit for bit, what the sum and the norm give in turn."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mindspeed_model_core import nn as layers
+from torch import Tensor
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "features shared out"])
+def test_a_norm_of_a_sum(shared: bool) -> None:
+    norm = layers.RMSNorm(6, 1e-5, unit=2 if shared else None)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    if shared:  # the other ranks' features are as large as this one's
+        norm.tp, norm.width = SimpleNamespace(sum_features=lambda square: 2 * square), 12  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    x, residual, *grads = (torch.randn(4, 6, generator=generator, requires_grad=n < 2) for n in range(4))
+
+    def learn(outs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return (*outs, *torch.autograd.grad(outs, (x, residual, norm.weight), grads))
+
+    total = x + residual
+    want = learn((norm(total), total))
+    assert all(torch.equal(a, b) for a, b in zip(learn(norm.add(x, residual)), want, strict=True))
