@@ -2,6 +2,7 @@
 
 from .adaln import adaln, gated_add
 from .attention import attention, full_attention
+from .experts import grouped_matmul, permute_tokens, unpermute_tokens
 from .loss import cross_entropy
 from .norm import layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
@@ -19,9 +20,11 @@ __all__ = [
     "full_attention",
     "gated_add",
     "grid_rope_tables",
+    "grouped_matmul",
     "layer_norm",
     "level",
     "op",
+    "permute_tokens",
     "rms_norm",
     "rms_norm_given",
     "rope",
@@ -29,4 +32,5 @@ __all__ = [
     "rope_tables",
     "sum_of_squares",
     "swiglu",
+    "unpermute_tokens",
 ]
