@@ -1,6 +1,7 @@
 """Operations with one signature on every device."""
 
 from .adaln import adaln, gated_add
+from .adamw import Update, adamw_, ema_adamw_
 from .attention import attention, full_attention
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
 from .loss import cross_entropy
@@ -13,10 +14,13 @@ __all__ = [
     "TABLE",
     "Entry",
     "Op",
+    "Update",
     "adaln",
+    "adamw_",
     "at_level",
     "attention",
     "cross_entropy",
+    "ema_adamw_",
     "full_attention",
     "gated_add",
     "grid_rope_tables",
