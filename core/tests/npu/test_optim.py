@@ -1,4 +1,4 @@
-"""Training steps on an emulated NPU: the fused update is what runs, and gives the CPU's weights, moments and average."""
+"""Training steps on an emulated NPU: the fused update runs, and gives the weights, moments and average of the CPU."""
 
 from __future__ import annotations
 
