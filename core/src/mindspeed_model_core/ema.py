@@ -21,16 +21,10 @@ class Average:
         self._values: list[Tensor] = []
 
     def values(self) -> dict[str, Tensor]:
-        """Return the average of each shard by name; before the first step it is the masters."""
+        """Return the average of each shard by name, which steps update; before the first one it is the masters."""
         if not self._values:
             self._values = [self._wide(s.master).clone() for s in self.shards]
         return {s.name: value for s, value in zip(self.shards, self._values, strict=True)}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the masters."""
-        if self.shards:
-            torch._foreach_lerp_(self._values, [self._wide(s.master) for s in self.shards], 1 - self.decay)
 
     def _wide(self, master: Tensor) -> Tensor:
         return master.detach().to(torch.promote_types(master.dtype, torch.float32))

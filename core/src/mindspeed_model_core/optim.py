@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import device as devices
+from . import ops
 from .ema import Average
 from .parallel.apply import Parallel
 from .parallel.shard import Shard
@@ -38,66 +39,64 @@ class AdamW:
         self.parallel, self.config = parallel, config
         self.shards = [s for s in parallel.shards.values() if s.trainable]
         self.average = Average(self.shards, config.ema) if config.ema is not None else None
-        groups = [
-            {"params": [s.master for s in self.shards if len(s.shape) > 1], "weight_decay": config.weight_decay},
-            {"params": [s.master for s in self.shards if len(s.shape) <= 1], "weight_decay": 0.0},
-        ]
-        self.inner = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        groups = [s for s in self.shards if len(s.shape) > 1], [s for s in self.shards if len(s.shape) <= 1]
+        self.groups = [(g, d) for g, d in zip(groups, (config.weight_decay, 0.0), strict=True) if g]
+        # The number of updates: on the device, where it decides about one, else on the host, where its kernel wants it.
+        device = parallel.mesh.device
+        self.skips = devices.skips_updates(device)
+        self.count = torch.zeros((), dtype=torch.float32, device=device if self.skips else "cpu")
+        self.state: dict[str, dict[str, Tensor]] = {}
 
     def step(self, lr: float) -> Tensor:
         """Clip, update every master and parameter; return the gradient norm before clipping, on the device."""
-        for shard in self.shards:
-            # No gradient is a gradient of zero: moments, decay and step count are then the same under every layout.
-            gradient = shard.gradient
-            shard.master.grad = torch.zeros_like(shard.master) if gradient is None else gradient
-        if self.average is not None:
-            self.average.values()
-        norm = self.clip()
-        for group in self.inner.param_groups:
-            group["lr"] = lr
-        if devices.skips_updates(norm.device):
-            # A norm that is not finite leaves masters and moments as they were; the kernel decides, nobody waits.
-            self.inner.found_inf = norm.isfinite().logical_not_().float()  # type: ignore[attr-defined]
-        self.inner.step()
-        for shard in self.shards:
-            shard.master.grad = None
+        # No gradient is a gradient of zero: moments and decay are then the same under every layout.
+        grads = {s.name: torch.zeros_like(s.master) if s.gradient is None else s.gradient for s in self.shards}
+        norm = self._clip(grads)
+        # A norm that is not finite leaves masters and moments as they were; the kernel decides, nobody waits.
+        skip = norm.isfinite().logical_not_().float() if self.skips else None
+        self.count += 1
+        for shards, weight_decay in self.groups:
+            update = ops.Update(self.count, lr, self.config.betas, self.config.eps, weight_decay, skip)
+            self._update(shards, [grads[s.name] for s in shards], update)
+        if skip is not None:
+            self.count -= skip
         split = [s for s in self.shards if s.master.dtype != s.parameter.dtype]
         if split:
             with torch.no_grad():
                 torch._foreach_copy_([s.local for s in split], [s.master for s in split])
-        if self.average is not None:
-            self.average.update()
         return norm
 
-    def clip(self) -> Tensor:
+    def _update(self, shards: list[Shard], grads: list[Tensor], update: ops.Update) -> None:
+        masters, moments = [s.master for s in shards], [self.moments(s) for s in shards]
+        operands = masters, grads, [m["exp_avg"] for m in moments], [m["exp_avg_sq"] for m in moments]
+        if self.average is None:
+            ops.adamw_(*operands, update)
+        else:
+            averages = self.average.values()
+            ops.ema_adamw_(*operands, [averages[s.name] for s in shards], update, self.average.decay)
+
+    def _clip(self, gradients: dict[str, Tensor]) -> Tensor:
         """Return the norm of the whole gradient, each element counted once over all processes; scale if too large."""
         mesh = self.parallel.mesh
         wide = torch.float64 if self.parallel.compute == torch.float64 else torch.float32
-        grads = [s.master.grad for s in self.shards if s.counted and s.master.grad is not None and s.master.numel()]
+        grads = [gradients[s.name] for s in self.shards if s.counted and s.master.numel()]
         square = torch.zeros((), dtype=wide, device=mesh.device)
         if grads:
             square = torch.stack([n.to(wide) for n in torch._foreach_norm(grads)]).square().sum()
         if mesh.groups:
             dist.all_reduce(square)
         norm = square.sqrt()
-        if self.config.clip is not None:
+        if self.config.clip is not None and gradients:
             factor = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([s.master.grad for s in self.shards if s.master.grad is not None], factor)
+            torch._foreach_mul_(list(gradients.values()), factor)
         return norm
 
     def moments(self, shard: Shard) -> dict[str, Tensor]:
         """Return a shard's optimizer state, made of zeros before the first step."""
-        state = self.inner.state[shard.master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=shard.master.device)
-            state["exp_avg"] = torch.zeros_like(shard.master)
-            state["exp_avg_sq"] = torch.zeros_like(shard.master)
-        return {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+        if shard.name not in self.state:
+            self.state[shard.name] = {key: torch.zeros_like(shard.master) for key in ("exp_avg", "exp_avg_sq")}
+        return self.state[shard.name]
 
     def resume(self, step: int) -> None:
         """Count ``step`` updates as done."""
-        for shard in self.shards:
-            self.moments(shard)
-            self.inner.state[shard.master]["step"].fill_(step)
+        self.count.fill_(step)

@@ -51,6 +51,14 @@ def test_every_op_equals_its_formula(case, dtype, record_property):
 
 
 @pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("name", op_cases.CHECKS)
+def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype):
+    with ops.at_level(level):
+        op_cases.CHECKS[name](devices.pick(), dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUND)
 def test_the_rest(dtype):
     torch.manual_seed(0)
     x = torch.randn(70, 96)

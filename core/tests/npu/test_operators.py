@@ -317,9 +317,12 @@ def packed(**fields: Any) -> Any:
     return attend((6, 4, 8), (6, 4, 8), (6, 4, 8), layout="TND", **fields)
 
 
-def grouped(groups: Tensor, x: Tensor | None = None, depth: int = 8, weights: int = 2) -> Any:
+def grouped(
+    groups: Tensor, x: Tensor | None = None, depth: int = 8, weights: int = 2, width: int = 8, kind: int = 0
+) -> Any:
     x = half(4, 8) if x is None else x
-    return ops.npu_grouped_matmul([x], [half(weights, depth, 8)], group_list=groups, split_item=3, group_type=0)
+    how = {"group_list": groups, "split_item": 3, "group_type": 0, "group_list_type": kind}
+    return ops.npu_grouped_matmul([x], [half(weights, depth, width)], **how)
 
 
 def groups(*ends: int) -> Tensor:
@@ -382,6 +385,8 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "groups beyond the rows": (lambda: grouped(groups(2, 5)), "within 4 rows"),
     "weights of another depth": (lambda: grouped(groups(2, 4), depth=6), "K agrees|K"),
     "fewer groups than weights": (lambda: grouped(groups(4)), "1 groups for 2"),
+    "one group by its size": (lambda: grouped(groups(4), weights=1, kind=1), "more than one"),
+    "a weight too wide": (lambda: grouped(groups(2, 4), width=65536), "below 65536"),
     "experts for other tokens": (lambda: ops.npu_moe_token_permute(half(4, 8), groups(0, 1, 0)), "one row"),
     "an unknown communicator": (lambda: ops.npu_mm_all_reduce_base(half(4, 8), half(8, 8), "nobody"), "names an open"),
     "moments of another type": (lambda: adam(half(3)), "type"),

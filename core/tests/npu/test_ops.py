@@ -9,7 +9,7 @@ import torch
 from mindspeed_model_core import ops
 from mindspeed_model_core.testing import npu_emulator
 from mindspeed_model_core.testing.dist import run_on
-from mindspeed_model_core.testing.op_cases import CASES, check
+from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
 from mindspeed_model_core.testing.op_cases.case import in_types
 from mindspeed_model_core.testing.suite import needs_emulator
 
@@ -41,3 +41,22 @@ def _all_cases(name: str) -> list[str]:
 def test_each_op_is_served_by_its_entry_and_equals_the_formula(name: str) -> None:
     wrong: Any = run_on("npu", _all_cases, 1, name)[0]
     assert not wrong, "\n".join(wrong)
+
+
+def _check_at(name: str, level: int) -> tuple[set[str], set[str]]:
+    """Run an op's own check in both types; return the calls that its entries promise, and those that were made."""
+    from mindspeed_model_core.testing.npu_emulator.operators import CALLS
+
+    del CALLS[:]
+    for dtype, bound in BOUND.items():
+        with ops.at_level(level):
+            CHECKS[name](NPU, dtype, bound)
+    promised = {call for entry in ops.TABLE[name].entries["npu"] for call in entry.calls}
+    return promised, {call.name.partition(".")[0] for call in CALLS}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_each_op_of_its_own_kind_too(name: str) -> None:
+    promised, made = run_on("npu", _check_at, 1, name, 1)[0]
+    assert promised and promised <= made
+    assert not run_on("npu", _check_at, 1, name, 0)[0][1]

@@ -9,7 +9,7 @@ import torch
 from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.ops import table
-from mindspeed_model_core.testing.op_cases import CASES, check
+from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
 from mindspeed_model_core.testing.op_cases.case import in_types
 from torch import Tensor
 
@@ -22,6 +22,14 @@ def test_every_op_equals_its_formula(case, dtype) -> None:
     with ops.at_level(0):
         check(case, CPU, dtype, BOUND[dtype])
     check(case, CPU, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype) -> None:
+    with ops.at_level(level):
+        CHECKS[name](CPU, dtype, BOUND[dtype])
 
 
 @pytest.fixture

@@ -1,13 +1,29 @@
 """Operands for every op, and the formula that its value and gradients must equal: on any device, in any type.
 
-``CASES`` serves the unit tests on the CPU, the npu tier, the device tier and the benchmark.
+``CASES`` serves the unit tests on the CPU, the npu tier, the device tier and the benchmark. ``CHECKS`` are for ops
+that are no function of operands, by name: each takes device, type and bound.
 """
 
 from __future__ import annotations
 
-from . import activation, adaln, loss, norm, rope
+from collections.abc import Callable
+
+import torch
+
+from . import activation, adaln, adamw, experts, loss, norm, rope
 from .case import Case, check, run, wanted
 
-CASES: tuple[Case, ...] = (*norm.CASES, *activation.CASES, *rope.CASES, *adaln.CASES, *loss.CASES)
+CASES: tuple[Case, ...] = (
+    *norm.CASES,
+    *activation.CASES,
+    *rope.CASES,
+    *adaln.CASES,
+    *loss.CASES,
+    *experts.CASES,
+)
+CHECKS: dict[str, Callable[[torch.device, torch.dtype, float], None]] = {
+    "adamw_": adamw.check_adamw_,
+    "ema_adamw_": adamw.check_ema_adamw_,
+}
 
-__all__ = ["CASES", "Case", "check", "run", "wanted"]
+__all__ = ["CASES", "CHECKS", "Case", "check", "run", "wanted"]

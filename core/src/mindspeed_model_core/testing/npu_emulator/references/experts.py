@@ -32,6 +32,9 @@ def _check_grouped_matmul(
     require(len({t.dtype for t in (*x, *weight)}) == 1, "x and weight have one type")
     if isinstance(group_list, Tensor):
         require(group_list.dtype == torch.int64, f"group_list is int64, not {group_list.dtype}")
+        require(group_list_type == 0 or len(group_list) != 1, "a group_list of sizes has more than one")
+    widest = max(t.shape[-1] for t in (*x, *weight))
+    require(widest < 65536, f"the last dim of x and weight is below 65536, not {widest}")
     if group_type != 0 or len(x) != 1:
         return
     if len(weight) == 1:

@@ -1,0 +1,133 @@
+"""AdamW's update, in place over lists of tensors of one type on one device, alone or with a moving average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .table import FLOATS, op
+
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Which update it is, and what of.
+
+    ``step`` counts the updates, this one among them: a tensor without dims, on the device or, for NPUs, whose kernel
+    wants a number, on the host. Where ``skip``, a tensor without dims on the device, is 1, weights and moments stay
+    as they are.
+    """
+
+    step: Tensor
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    skip: Tensor | None = None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@op
+@torch.no_grad()
+def adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> None:
+    """Update weights and both moments by their gradients (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    The step of a weight is ``lr * (m / (sqrt(v) + eps) + weight_decay * weight)``, ``m`` and ``v`` the moments over
+    ``1 - beta ** step``.
+    """
+    (low, high), step = update.betas, update.step.double()  # in fp32 a power near 1 loses its distance to it
+    for weight, grad, first, second in zip(weights, grads, firsts, seconds, strict=True):
+        w, g, m, v = (_wide(x) for x in (weight, grad, first, second))
+        m, v = low * m + (1 - low) * g, high * v + (1 - high) * g * g
+        mean, square = m / (1 - low**step).to(m.dtype), v / (1 - high**step).to(v.dtype)
+        w = w - update.lr * (mean / (square.sqrt() + update.eps) + update.weight_decay * w)
+        for held, new in ((weight, w), (first, m), (second, v)):
+            held.copy_(new if update.skip is None else torch.where(update.skip == 1, _wide(held), new))
+
+
+def _fused_takes(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, *_: object) -> bool:
+    return all(t.dtype == weights[0].dtype for t in (*weights, *grads, *firsts, *seconds))
+
+
+def _npu_takes(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> bool:
+    fits = weights[0].dtype in FLOATS and all(1 <= t.dim() <= 8 for t in weights)
+    return fits and update.skip is None and _fused_takes(weights, grads, firsts, seconds)
+
+
+@adamw_.on("npu", "npu_apply_adam_w", when="fp16, bf16, fp32, all alike; 1 to 8 dims; no skip", takes=_npu_takes)
+@torch.no_grad()
+def _npu_adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> None:
+    low, high = update.betas
+    before = float(update.step) - 1  # the kernel multiplies the powers once more
+    for weight, grad, first, second in zip(weights, grads, firsts, seconds, strict=True):
+        if weight.numel():
+            torch.ops.npu.npu_apply_adam_w.out(
+                low**before, high**before, update.lr, update.weight_decay, low, high, update.eps,
+                grad, None, False, False, out=[weight, first, second],
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def _torch_adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> None:
+    (low, high), steps = update.betas, [update.step] * len(weights)
+    torch._fused_adamw_(
+        weights, grads, firsts, seconds, [], steps, lr=update.lr, beta1=low, beta2=high, eps=update.eps,
+        weight_decay=update.weight_decay, amsgrad=False, maximize=False, found_inf=update.skip,
+    )  # fmt: skip
+
+
+for _kind in ("cuda", "cpu"):
+    adamw_.on(_kind, "_fused_adamw_", when="all of one type", takes=_fused_takes)(_torch_adamw_)
+
+
+@op
+@torch.no_grad()
+def ema_adamw_(
+    weights: Tensors,
+    grads: Tensors,
+    firsts: Tensors,
+    seconds: Tensors,
+    averages: Tensors,
+    update: Update,
+    decay: float,
+) -> None:
+    """Do ``adamw_``, then ``average = decay * average + (1 - decay) * weight``; averages may be of a wider type."""
+    adamw_.reference(weights, grads, firsts, seconds, update)
+    for average, weight in zip(averages, weights, strict=True):
+        average.lerp_(weight.to(average.dtype), 1 - decay)
+
+
+@torch.no_grad()
+def _ema_adamw_(
+    weights: Tensors,
+    grads: Tensors,
+    firsts: Tensors,
+    seconds: Tensors,
+    averages: Tensors,
+    update: Update,
+    decay: float,
+) -> None:
+    """Update with what serves ``adamw_``; then all averages move at once."""
+    adamw_(weights, grads, firsts, seconds, update)
+    new = [weight.to(average.dtype) for weight, average in zip(weights, averages, strict=True)]
+    torch._foreach_lerp_(averages, new, 1 - decay)
+
+
+ema_adamw_.on(
+    "npu",
+    "npu_apply_adam_w",
+    when="fp16, bf16, fp32, all but averages alike; 1 to 8 dims; no skip",
+    takes=lambda weights, grads, firsts, seconds, averages, update, decay: _npu_takes(
+        weights, grads, firsts, seconds, update
+    ),
+)(_ema_adamw_)
+for _kind in ("cuda", "cpu"):
+    ema_adamw_.on(_kind, "_fused_adamw_ _foreach_lerp_", when="all but averages of one type", takes=_fused_takes)(
+        _ema_adamw_
+    )
