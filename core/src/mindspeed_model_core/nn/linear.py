@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..parallel.placement import Placement
 from ..parallel.tensor import TensorParallel
 
@@ -58,7 +58,7 @@ class Linear(nn.Linear):
 
     def _project(self, x: Tensor) -> Tensor:
         if self.tp is None or self.split is None:
-            return F.linear(x, self.weight, self.bias)
+            return ops.linear(x, self.weight, self.bias)
         if self.split == "out":
             return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
         return self.tp.row(x, self.weight, self.bias, self._shares_tokens)
