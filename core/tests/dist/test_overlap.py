@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from mindspeed_model_core import lora, ops
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing import toy
 from mindspeed_model_core.testing.dist import run_dist
-from mindspeed_model_core.testing.equivalence import Job, assert_equivalent
+from mindspeed_model_core.testing.equivalence import Job, Trace, assert_equivalent, trace, whole
 from mindspeed_model_core.testing.tolerance import FP64, assert_close
 from torch import Tensor
 
@@ -289,3 +290,53 @@ ORDER = {
 @pytest.mark.parametrize("name", ORDER)
 def test_one_parts_collective_runs_beside_the_next_ones_product(name: str) -> None:
     assert " ".join(run_dist(_order, 2, name)[0]).replace("backward", "/") == ORDER[name]
+
+
+BF16 = 0.03
+
+
+def _in_bf16(job: Job, layout: dict[str, Any]) -> tuple[int, Trace]:
+    """Return how many products were added to fp32 buffers in a training in bf16, and its trace."""
+    module: Any = sys.modules["mindspeed_model_core.ops.linear"]
+    real, calls = module.accumulate_product_, []
+
+    def counted(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        assert total.dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+        calls.append(total.shape)
+        return real(total, a, b)  # type: ignore[no-any-return]
+
+    module.accumulate_product_ = counted
+    try:
+        found = trace(job, layout)
+    finally:
+        module.accumulate_product_ = real
+    return len(calls), found
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        ({"tp": 2}, "none"),
+        ({"tp": 2, "overlap_chunks": 2}, "none"),
+        ({"tp": 2, "sequence": True}, "none"),
+        ({"tp": 2, "sequence": True, "overlap_chunks": 4}, "all"),
+    ],
+    ids=str,
+)
+def test_cut_weights_add_their_gradient_to_the_master_type(layout: dict[str, Any], recompute: str) -> None:
+    plain = _job(10, recompute=recompute)
+    job = Job(plain.build, plain.task, plain.batches, steps=1, precision="bf16", recompute=recompute)
+    truth = trace(Job(plain.build, plain.task, plain.batches, steps=1), {}).gradients
+    want = {name: pieces[0][1].float() for name, pieces in truth.items()}
+    spread = run_dist(_in_bf16, 2, job, layout)
+    # Three layers of each of two blocks and the head, in each of four micro-batches.
+    assert [calls for calls, _ in spread] == [4 * 7] * 2
+    got = whole([found.gradients for _, found in spread], {n: [(p[0][0], p[0][1].float())] for n, p in truth.items()})
+    assert_close(got, want, BF16)
+
+
+def test_shards_of_fsdp_take_their_gradient_from_autograd() -> None:
+    plain = _job(10)
+    job = Job(plain.build, plain.task, plain.batches, steps=1, precision="bf16")
+    found = run_dist(_in_bf16, 4, job, {"tp": 2, "sequence": True, "shard": "zero2", "overlap_chunks": 2})
+    assert [calls for calls, _ in found] == [0] * 4
