@@ -104,6 +104,9 @@ class ParallelConfig(Section):
     shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
         "none", description="what data parallelism shards: optimizer states, gradients too, weights too"
     )
+    overlap_chunks: Literal[1, 2, 4, 8] = optional(
+        1, description="parts of a tensor-parallel product, so that one's communication overlaps another; 1: off"
+    )
     hccl_buffers: HcclBuffers | None = optional(description="communication buffers, on Ascend alone; null: HCCL's own")
 
     @property
@@ -122,6 +125,11 @@ class ParallelConfig(Section):
     def _check(self) -> ParallelConfig:
         if self.sequence and self.tp == 1:
             raise ValueError("sequence=true needs tp of 2 or more; set parallel.sequence=false or raise parallel.tp")
+        if self.overlap_chunks > 1 and self.tp == 1:
+            raise ValueError(
+                f"overlap_chunks={self.overlap_chunks} needs tp of 2 or more; set parallel.overlap_chunks=1 or raise "
+                "parallel.tp"
+            )
         return self
 
 
@@ -248,6 +256,11 @@ class Recipe(Section):
         if self.optim.warmup > self.steps:
             raise ValueError(
                 f"optim.warmup={self.optim.warmup}: is longer than the run, steps={self.steps}; nearest: {self.steps}"
+            )
+        if self.parallel.overlap_chunks > 1 and self.optimization_level < 2:
+            raise ValueError(
+                f"parallel.overlap_chunks={self.parallel.overlap_chunks}: needs optimization_level=2, this is "
+                f"{self.optimization_level}; set optimization_level=2 or parallel.overlap_chunks=1"
             )
         return self
 

@@ -329,6 +329,11 @@ def groups(*ends: int) -> Tensor:
     return torch.tensor(ends, device=NPU)
 
 
+def added(total: Tensor, x: Tensor | None = None, ends: Tensor | None = None) -> Any:
+    ends = groups(4) if ends is None else ends
+    return ops.npu_grouped_matmul_add_(total, half(4, 8) if x is None else x, half(4, 8), ends)
+
+
 def rotate(*shapes: tuple[int, ...], mode: str = "half") -> Any:
     return ops.npu_rotary_mul(*(half(*s) for s in shapes), mode)
 
@@ -389,6 +394,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a weight too wide": (lambda: grouped(groups(2, 4), width=65536), "below 65536"),
     "experts for other tokens": (lambda: ops.npu_moe_token_permute(half(4, 8), groups(0, 1, 0)), "one row"),
     "an unknown communicator": (lambda: ops.npu_mm_all_reduce_base(half(4, 8), half(8, 8), "nobody"), "names an open"),
+    "an empty product to sum over ranks": (
+        lambda: ops.npu_mm_all_reduce_base(half(0, 8), half(8, 8), "x"),
+        "empty|dim",
+    ),
+    "a sum in bf16": (lambda: added(half(1, 8, 8)), "fp32|[Dd]type|dtype"),
+    "a sum of another shape": (lambda: added(single(1, 8, 4)), "groups, M, N|shape|dim"),
+    "operands as wide as 65536": (lambda: added(single(1, 65536, 8), half(4, 65536)), "below 65536"),
+    "groups of a sum in int32": (lambda: added(single(1, 8, 8), ends=groups(4).int()), "int64"),
     "moments of another type": (lambda: adam(half(3)), "type"),
     "a product in fp64": (lambda: double(2, 2) @ double(2, 2), "float64"),
     "dropout within attention": (lambda: attend(*SAME, keep_prob=0.9), "does not know keep_prob"),

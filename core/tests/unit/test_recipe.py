@@ -86,6 +86,8 @@ def test_unknown_key_names_path_and_nearest() -> None:
         ("parallel.shard=zero4", ("parallel.shard", "'zero4'", "zero3")),
         ("precision=fp8", ("precision", "'fp8'", "bf16")),
         ("parallel.sequence=true", ("sequence=true needs tp of 2 or more",)),
+        ("parallel.overlap_chunks=2", ("overlap_chunks=2 needs tp of 2 or more", "parallel.overlap_chunks=1")),
+        ("parallel.overlap_chunks=3", ("parallel.overlap_chunks=3", "1, 2, 4 or 8")),
         ("optim=3", ("optim", "3")),
         ("optim.lr.x=3", ("optim.lr.x",)),
         ("preset=huge", ("huge", "tiny", "wide")),
@@ -117,6 +119,15 @@ def test_unknown_key_names_path_and_nearest() -> None:
 def test_bad_values_are_one_line_that_names_them(override: str, parts: tuple[str, ...]) -> None:
     text = refused("base", override)
     assert all(part in text for part in parts), text
+
+
+def test_chunks_need_the_level_that_overlaps() -> None:
+    wanted = ("parallel.tp=2", "parallel.overlap_chunks=4")
+    said = refused("base", *wanted, "optimization_level=1")
+    assert all(part in said for part in ("overlap_chunks=4", "needs optimization_level=2, this is 1"))
+    assert load("base", *wanted).parallel.overlap_chunks == 4
+    assert load("base", "parallel.tp=2").digest() == load("base", *wanted[:1], "parallel.overlap_chunks=1").digest()
+    assert load("base", *wanted).digest() != load("base", wanted[0]).digest()
 
 
 def test_files_extend_shipped_recipes_and_each_other(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class VocabHead(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return ``[tokens, vocab]`` logits, or the loss of each token ``[tokens]`` in fp32 or wider."""
         if self.tp is None:
-            logits = F.linear(x, self.weight)
+            logits = ops.linear(x, self.weight)
             return logits if labels is None else ops.cross_entropy(logits, labels)
         logits = self.tp.column(x, self.weight, None, self.tp.sequence)
         if labels is None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..parallel.placement import Placement
 from ..parallel.tensor import TensorParallel
 
@@ -63,7 +64,7 @@ class Linear(nn.Linear):
         if self.tp is None or self.split is None:
             if x.dtype != self.weight.dtype == torch.bfloat16:
                 return _Wide.apply(x, self.weight, self.bias)
-            return F.linear(x, self.weight, self.bias)
+            return ops.linear(x, self.weight, self.bias)
         if self.split == "out":
             return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
         return self.tp.row(x, self.weight, self.bias, self._shares_tokens)

@@ -3,7 +3,9 @@
 from .adaln import adaln, gated_add
 from .adamw import Update, adamw_, ema_adamw_
 from .attention import attention, full_attention
+from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
+from .linear import accumulate_gradient, accumulate_product_, linear
 from .loss import cross_entropy
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
@@ -19,8 +21,12 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "adamw_",
+    "accumulate_gradient",
+    "accumulate_product_",
+    "all_gather_matmul",
     "at_level",
     "attention",
+    "column_matmul",
     "cross_entropy",
     "ema_adamw_",
     "full_attention",
@@ -29,6 +35,9 @@ __all__ = [
     "grouped_matmul",
     "layer_norm",
     "level",
+    "linear",
+    "matmul_all_reduce",
+    "matmul_reduce_scatter",
     "op",
     "permute_tokens",
     "rms_norm",

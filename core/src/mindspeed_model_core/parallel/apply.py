@@ -150,7 +150,7 @@ def parallelize(
 def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:
     if mesh.tp == 1:
         return
-    tp = TensorParallel(mesh.groups["tp"], mesh.tp_rank, mesh.tp, parallel.sequence)
+    tp = TensorParallel(mesh.groups["tp"], mesh.tp_rank, mesh.tp, parallel.sequence, parallel.overlap_chunks)
     module: Any
     for module in net.modules():
         if not hasattr(module, "placements"):

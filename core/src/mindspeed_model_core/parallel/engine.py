@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import facade
@@ -67,26 +66,6 @@ def groups() -> dict[str, Any]:
         "dp": state.get_data_parallel_group(),
         "replicas": state.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
-    """Linear over shared-out output features; backward adds up the input gradient over ranks.
-
-    With ``sequence`` the input's tokens are gathered first and its gradient is scattered back. A frozen weight gets no
-    gradient, and the input is then not kept.
-    """
-    if not weight.requires_grad:
-        return F.linear(enter(x, sequence), weight, bias)
-    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
-
-    return linear_with_grad_accumulation_and_async_allreduce(
-        input=x,
-        weight=weight,
-        bias=bias,
-        gradient_accumulation_fusion=False,
-        allreduce_dgrad=not sequence,
-        sequence_parallel=sequence,
-    )
 
 
 def enter(x: Tensor, sequence: bool) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import ops
 from .mesh import Mesh
 from .placement import Placement, placements
 
@@ -131,7 +132,8 @@ class Gradients:
     """Accumulates and reduces gradients of parameters that data parallelism replicates, and of partial replicas.
 
     FSDP2 reduces what it shards. What is left is summed here: fp32 (the master's dtype) buffers laid out as one flat
-    tensor, added to as each micro-batch's gradient becomes ready, and reduced once a step.
+    tensor, added to as each micro-batch's gradient becomes ready, and reduced once a step. Where a buffer is wider than
+    its parameter, layers add the gradient of their weight themselves, without rounding it to the parameter's type.
     """
 
     def __init__(self, shards: dict[str, Shard], mesh: Mesh) -> None:
@@ -142,6 +144,8 @@ class Gradients:
         if mesh.replicas > 1 or split:
             self._lay_out(whole)
         for shard in split.values():
+            assert shard.buffer is not None
+            ops.accumulate_gradient(shard.parameter, shard.buffer)
             shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
 
     def _lay_out(self, shards: list[Shard]) -> None:
@@ -178,8 +182,9 @@ class Gradients:
 
 def _accumulate_into(shard: Shard) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
-        assert shard.buffer is not None and parameter.grad is not None
-        shard.buffer.add_(parameter.grad)
-        parameter.grad = None
+        assert shard.buffer is not None
+        if parameter.grad is not None:  # what a layer added itself, it does not hand on
+            shard.buffer.add_(parameter.grad)
+            parameter.grad = None
 
     return hook

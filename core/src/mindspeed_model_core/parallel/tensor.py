@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..errors import UserError
 from . import engine
 from .context import gather_tokens
@@ -25,16 +26,21 @@ def even_share(tokens: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The ranks that share a layer. With ``sequence``, activations between regions are shared out by token (dim 0)."""
+    """The ranks that share a layer. With ``sequence``, activations between regions are shared out by token (dim 0).
+
+    Products are cut into ``chunks`` that overlap with their collectives, where nothing fused overlaps them.
+    """
 
     group: Any
     rank: int
     size: int
     sequence: bool = False
+    chunks: int = 1
 
     def column(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
         """Apply this rank's output features to all tokens; with ``sequence`` ``x`` is this rank's share of them."""
-        return engine.column_linear(x, weight, bias, sequence)
+        product = ops.all_gather_matmul if sequence else ops.column_matmul
+        return product(x, weight, bias, self.group, chunks=self.chunks)
 
     def enter(self, x: Tensor, sequence: bool) -> Tensor:
         """Give all tokens to features that are shared out; backward adds up their gradients over ranks."""
@@ -42,7 +48,8 @@ class TensorParallel:
 
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
         """Apply this rank's input features and add up over ranks; the bias is added once."""
-        y = engine.reduce(F.linear(x, weight), sequence)
+        product = ops.matmul_reduce_scatter if sequence else ops.matmul_all_reduce
+        y = product(x, weight, self.group, chunks=self.chunks)
         return y if bias is None else y + bias
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:

@@ -18,25 +18,29 @@ WIDTH, HIDDEN, ROWS = 6, 20, 8
 
 
 class ToyConfig(Section):
-    """How many blocks."""
+    """How many blocks, and their widths: between them, within them, and of the part that goes aside."""
 
     blocks: int = 4
+    width: int = WIDTH
+    hidden: int = HIDDEN
+    aside: int = 4
 
 
 class Block(nn.Module):
     """Norm, a projection of stacked parts with bias, and back; widths that no number of data ranks divides."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ToyConfig) -> None:
         super().__init__()
-        self.norm = layers.RMSNorm(WIDTH, 1e-6)
-        self.up = layers.Linear(WIDTH, HIDDEN + 4, split="out", parts=(HIDDEN, 4), unit=2)
-        self.down = layers.Linear(HIDDEN, WIDTH, split="in", unit=2)
-        self.side = layers.Linear(4, WIDTH, split="in", unit=2)
+        width, self.hidden, self.aside = config.width, config.hidden, config.aside
+        self.norm = layers.RMSNorm(width, 1e-6)
+        self.up = layers.Linear(width, self.hidden + self.aside, split="out", parts=(self.hidden, self.aside), unit=2)
+        self.down = layers.Linear(self.hidden, width, split="in", unit=2)
+        self.side = layers.Linear(self.aside, width, split="in", unit=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[rows, width]`` to the same shape."""
         mixed = self.up(self.norm(x))
-        share = mixed.shape[-1] * 4 // (HIDDEN + 4)
+        share = mixed.shape[-1] * self.aside // (self.hidden + self.aside)
         wide, narrow = mixed.split((mixed.shape[-1] - share, share), -1)
         return x + self.down(wide.tanh()) + self.side(narrow)
 
@@ -50,9 +54,9 @@ class Toy(Trunk):
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.config = config
-        self.table = layers.Embedding(12, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(config.blocks))
-        self.head = layers.VocabHead(WIDTH, 12)
+        self.table = layers.Embedding(12, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.head = layers.VocabHead(config.width, 12)
 
     def context(self, batch: Batch) -> Context:
         """Return the labels."""
@@ -76,7 +80,7 @@ class Toy(Trunk):
 
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the rows at a stage boundary."""
-        return {"x": (self.held(batch), WIDTH)}
+        return {"x": (self.held(batch), self.config.width)}
 
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Draw everything from a normal."""

@@ -99,6 +99,7 @@ def _check_rows(input: Tensor, world_size: int, reduce_op: str = "sum", **_: obj
 @rule("npu_mm_all_reduce_base")
 def _check_all_reduce(x1: Tensor, x2: Tensor, hcom: str, reduce_op: str = "sum", **_: object) -> None:
     _check_operands(x1, x2, (2, 3))
+    require(x1.numel() > 0 and x2.numel() > 0, "neither operand is empty")
     require(_Group(hcom).size in (1, 2, 4, 8), "the group has 1, 2, 4 or 8 ranks")
     require(reduce_op == "sum", f"reduce_op is sum, not {reduce_op}")
 

@@ -83,10 +83,17 @@ def _grouped_matmul(
 
 
 @rule("npu_grouped_matmul_add_")
-def _check_grouped_matmul_add(input: Tensor, x: Tensor, weight: Tensor, group_type: int = 2, **_: object) -> None:
+def _check_grouped_matmul_add(
+    input: Tensor, x: Tensor, weight: Tensor, group_list: Tensor, group_type: int = 2, **_: object
+) -> None:
     halves = x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16)
     require(input.dtype == torch.float32 and halves, "the sum is fp32 and both operands are fp16 or bf16")
     require(group_type == 2, f"group_type is 2, not {group_type}")
+    require(x.dim() == weight.dim() == 2 and len(x) == len(weight), "both operands have 2 dims and as many rows")
+    require(max(x.shape[1], weight.shape[1]) < 65536, f"widths {x.shape[1]}, {weight.shape[1]} are below 65536")
+    require(group_list.dtype == torch.int64 and len(group_list) <= 1024, "group_list is int64, of at most 1024 groups")
+    shape = (len(group_list), x.shape[1], weight.shape[1])
+    require(tuple(input.shape) == shape, f"the sum is [groups, M, N], {shape}, not {tuple(input.shape)}")
 
 
 @reference("npu_grouped_matmul_add_")

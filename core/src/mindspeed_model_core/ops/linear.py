@@ -1,0 +1,98 @@
+"""Linear layers, and products added up in a wider type than that of their operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .table import level, op
+
+HALVES = (torch.float16, torch.bfloat16)
+_TOTAL = "accumulator"
+
+
+@op
+def accumulate_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add ``a^T b`` to ``total [out, in]`` in place and return it; ``a [tokens, out]``, ``b [tokens, in]``.
+
+    Products and sums are in the type of ``total``: nothing is rounded to the operands' on the way.
+    """
+    return total.addmm_(a.T.to(total.dtype), b.to(total.dtype))
+
+
+def _widens(total: Tensor, a: Tensor, b: Tensor) -> bool:
+    return total.dtype == torch.float32 and a.dtype == b.dtype and a.dtype in HALVES and total.is_contiguous()
+
+
+@accumulate_product_.on(
+    "npu",
+    "npu_grouped_matmul_add_",
+    when="fp16 or bf16 into fp32; widths below 65536; not empty",
+    takes=lambda total, a, b: _widens(total, a, b) and len(a) > 0 and 0 < min(total.shape) <= max(total.shape) < 65536,
+)
+def _npu(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    ends = torch.full((1,), len(a), dtype=torch.int64, device=a.device)
+    torch.ops.npu.npu_grouped_matmul_add_(total[None], a, b, ends)
+    return total
+
+
+@accumulate_product_.on(
+    "cuda",
+    "torch.addmm",
+    when="fp16 or bf16 into fp32, from PyTorch 2.8",
+    takes=lambda total, a, b: _widens(total, a, b) and hasattr(torch.ops.aten.addmm, "dtype_out"),
+)
+def _cuda(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.aten.addmm.dtype_out(total, a.T, b, torch.float32, out=total)  # type: ignore[no-any-return]
+
+
+def accumulate_gradient(weight: Tensor, total: Tensor) -> None:
+    """Let layers add the gradient of a weight to ``total``, of a wider type, instead of handing it to autograd.
+
+    What else uses the weight still hands its part to autograd, and the caller is to add that.
+    """
+    setattr(weight, _TOTAL, total)
+
+
+def accumulator(weight: Tensor) -> Tensor | None:
+    """Return what a layer is to add the gradient of a weight to, from level 1; None: hand it to autograd."""
+    wanted = level() >= 1 and weight.requires_grad and torch.is_grad_enabled()
+    return getattr(weight, _TOTAL, None) if wanted else None
+
+
+def weight_gradient(total: Tensor | None, grad: Tensor, rows: Tensor) -> Tensor | None:
+    """Return ``grad^T rows``, or add it to ``total`` if there is one and return None."""
+    if total is None:
+        return grad.T @ rows
+    accumulate_product_(total, grad, rows)
+    return None
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return ``[..., width]`` as a contiguous ``[rows, width]``."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x W^T + b`` for ``weight [out, in]``; its gradient goes where ``accumulate_gradient`` said."""
+    total = accumulator(weight)
+    return F.linear(x, weight, bias) if total is None else _Linear.apply(x, weight, bias, total)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor) -> Tensor:
+        ctx.total = total
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        flat = rows(grad)
+        to_x = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        to_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return to_x, weight_gradient(ctx.total, flat, rows(x)), to_bias, None
