@@ -13,7 +13,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,13 +32,17 @@ LLAMA = 4096
 
 @dataclass(frozen=True)
 class Row:
-    """An op at a shape; ``flops`` are those of forward and backward, 0 for an op that moves memory."""
+    """An op at a shape.
+
+    ``flops`` are those of forward and backward, 0 for an op that moves memory; ``moved`` are its bytes where they do
+    not follow from operands, results and gradients.
+    """
 
     op: str
     shape: str
     make: Callable[[Callable[..., Tensor]], tuple[Any, ...]]
     flops: float = 0.0
-    named: dict[str, Any] = field(default_factory=dict)
+    moved: float = 0.0
 
 
 def rows() -> Iterator[Row]:
@@ -46,7 +50,82 @@ def rows() -> Iterator[Row]:
     wan, llama = (TOKENS, 1, WIDTH), (LLAMA, LLAMA)
     yield Row("rms_norm", "32760x1536", lambda r: (r(*wan), r(WIDTH), 1e-6))
     yield Row("rms_norm", "4096x4096", lambda r: (r(*llama), r(LLAMA), 1e-5))
+    yield Row("add_rms_norm", "4096x4096", lambda r: (r(*llama), r(*llama), r(LLAMA), 1e-5))
+    yield Row("add_layer_norm", "32760x1536", lambda r: (r(*wan), r(*wan), r(WIDTH), r(WIDTH), 1e-6))
+    yield Row("sum_of_squares", "32760x1536", lambda r: (r(*wan),))
+    yield Row("rms_norm_given", "32760x1536", lambda r: (r(*wan), wide(r(TOKENS, 1, 1)) ** 2, r(WIDTH), 1e-6))
     yield Row("swiglu", "4096x22016", lambda r: (r(LLAMA, 22016),))
+    yield Row("rope", "4096x64x128", lambda r: (r(LLAMA, 64, 128), *tables(r, LLAMA)))
+    yield Row("rope_interleaved", "32760x12x128", lambda r: (r(TOKENS, 1, 12, 128), *tables(r, TOKENS)))
+    yield Row("adaln", "32760x1536", lambda r: (r(*wan), learnt(r(1, WIDTH)), learnt(r(1, WIDTH)), 1e-6))
+    yield Row("gated_add", "32760x1536", lambda r: (r(*wan), r(*wan), learnt(r(1, WIDTH))))
+    heads = (32, 32, 32)
+    ones = (LLAMA,)
+    yield Row(
+        "attention",
+        "4096x32x128 causal",
+        lambda r: (*(r(LLAMA, h, 128) for h in heads), ones),
+        attention_flops(ones, 32, 128) / 2,
+    )
+    grouped, packed = (32, 8, 8), (1000, 37, 2059, 1, 999)
+    yield Row(
+        "attention",
+        "5 documents in 4096x32x128, 8 for k and v, causal",
+        lambda r: (*(r(LLAMA, h, 128) for h in grouped), packed),
+        attention_flops(packed, 32, 128) / 2,
+    )
+    yield Row(
+        "full_attention",
+        "8192x12x128",
+        lambda r: tuple(r(8192, 1, 12, 128) for _ in range(3)),
+        attention_flops((8192,), 12, 128),
+    )
+    yield Row(
+        "grouped_matmul",
+        "16384x2048, 64 experts of 1408",
+        lambda r: (r(16384, 2048), r(64, 2048, 1408), torch.full((64,), 256, device=devices.pick())),
+        3 * 2 * 16384 * 2048 * 1408,
+    )
+    yield Row(
+        "accumulate_product_",
+        "4096 rows, 11008x4096",
+        lambda r: (wide(r(11008, LLAMA)), r(LLAMA, 11008).detach(), r(LLAMA, LLAMA).detach()),
+        2 * LLAMA * 11008 * LLAMA,
+    )
+    million = 2**20
+    update = ops.Update(torch.ones((), device=devices.pick()), 1e-4, (0.9, 0.95), 1e-8, 0.1)
+    yield Row(
+        "adamw_",
+        "64 of 1024x1024, fp32",
+        lambda r: (*([wide(r(1024, 1024)).abs() for _ in range(64)] for _ in range(4)), update),
+        moved=64 * million * 4 * 7,
+    )
+    yield Row(
+        "ema_adamw_",
+        "64 of 1024x1024, fp32",
+        lambda r: (*([wide(r(1024, 1024)).abs() for _ in range(64)] for _ in range(5)), update, 0.999),
+        moved=64 * million * 4 * 9,
+    )
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return a constant in fp32."""
+    return x.detach().float()
+
+
+def learnt(x: Tensor) -> Tensor:
+    """Return what is learnt in fp32."""
+    return wide(x).requires_grad_()
+
+
+def tables(draw: Callable[..., Tensor], tokens: int) -> tuple[Tensor, Tensor]:
+    """Return tables of a rotary embedding."""
+    return wide(draw(tokens, 128)), wide(draw(tokens, 128))
+
+
+def attention_flops(lengths: tuple[int, ...], heads: int, width: int) -> float:
+    """Return the FLOPs of attention of whole documents: two products forward, five backward."""
+    return sum(2 * 7 * length**2 for length in lengths) * heads * width
 
 
 def timed(work: Callable[[], Any], repeats: int = 20) -> float:
@@ -67,7 +146,7 @@ def timed(work: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
-def both_ways(row: Row, level: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int, Any]:
+def both_ways(row: Row, level: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float, Any]:
     """Return the milliseconds of forward and backward, the bytes that must move, and what served the op."""
 
     def draw(*shape: int) -> Tensor:
@@ -75,23 +154,31 @@ def both_ways(row: Row, level: int, device: torch.device, dtype: torch.dtype) ->
 
     op = ops.TABLE[row.op]
     args = row.make(draw)
-    learn = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+    operands = [x for x in args if isinstance(x, Tensor)]
+    learn = [x for x in operands if x.requires_grad]
     with ops.at_level(level):
-        entry = op.serving(device.type, *args, **row.named)
-        outs = op(*args, **row.named)
-        outs = [outs] if isinstance(outs, Tensor) else [out for out in outs if out.requires_grad]
+        entry = op.serving(device.type, *args)
+
+        def forward() -> list[Tensor]:
+            made = op(*args)
+            return [made] if isinstance(made, Tensor) else [x for x in made or () if x.requires_grad]
+
+        outs = forward()
         grads = [torch.randn_like(out) for out in outs]
 
         def work() -> None:
-            made = op(*args, **row.named)
-            made = [made] if isinstance(made, Tensor) else [out for out in made if out.requires_grad]
+            made = forward()
             if learn:
                 torch.autograd.grad(made, learn, grads)
 
-        operands = sum(x.numel() * x.element_size() for x in args if isinstance(x, Tensor))
-        results = sum(x.numel() * x.element_size() for x in outs)
         # Forward reads operands and writes results; backward reads both again and writes the operands' gradients.
-        return timed(work), 3 * operands + 2 * results, entry
+        moved = row.moved or (2 * size(operands) + size(learn) + 2 * size(outs))
+        return timed(work), moved, entry
+
+
+def size(tensors: list[Tensor]) -> int:
+    """Return the bytes of tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def copy_rate(device: torch.device) -> float:
