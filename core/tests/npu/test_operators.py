@@ -360,6 +360,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "an odd width": (lambda: ops.npu_swiglu(half(2, 7)), "is even|divi"),
     "cos that does not spread": (lambda: rotate((2, 3, 5, 8), (1, 1, 4, 8), (1, 1, 4, 8)), "spreads|shape"),
     "cos unlike sin": (lambda: rotate((2, 3, 5, 8), COS, (1, 1, 1, 8)), "shape"),
+    "cos of another type": (lambda: ops.npu_rotary_mul(half(2, 3, 5, 8), single(*COS), single(*COS)), "of one type"),
     "a thousand heads": (lambda: rotate((1, 3, 1000, 8), (1, 3, 1, 8), (1, 3, 1, 8)), "below 1000 each"),
     "a thousand heads in all": (
         lambda: rotate((1, 25, 40, 8), (1, 1, 1, 8), (1, 1, 1, 8), mode="interleave"),

@@ -12,8 +12,8 @@ from torch import Tensor
 def test_a_norm_of_a_sum(shared: bool) -> None:
     norm = layers.RMSNorm(6, 1e-5, unit=2 if shared else None)
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
-    if shared:  # the other ranks' features are as large as this one's
-        norm.tp, norm.width = SimpleNamespace(sum_features=lambda square: 2 * square), 12  # type: ignore[assignment]
+    if shared:  # the other ranks' squares add up to twice this one's
+        norm.tp, norm.width = SimpleNamespace(sum_features=lambda square: 3 * square), 12  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     x, residual, *grads = (torch.randn(4, 6, generator=generator, requires_grad=n < 2) for n in range(4))
 

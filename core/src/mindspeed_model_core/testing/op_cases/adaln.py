@@ -7,7 +7,7 @@ from torch import Tensor
 from ... import ops
 from .case import Case, draw
 
-EPS = 1e-6
+EPS = 1e-2  # large enough for its loss to show
 
 
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

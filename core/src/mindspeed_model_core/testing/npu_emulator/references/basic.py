@@ -148,7 +148,7 @@ def _turned(x: Tensor, mode: str) -> Tensor:
 def _check_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", **_: object) -> None:
     require(input.dim() == r1.dim() == 4, f"input and cos have 4 dims, not {input.dim()} and {r1.dim()}")
     require(r1.shape == r2.shape, "cos and sin have one shape")
-    require(input.dtype in FLOATS and r1.dtype == r2.dtype, "types are fp16, bf16 or fp32, alike for cos and sin")
+    require(input.dtype in FLOATS and r1.dtype == r2.dtype == input.dtype, "all are of one type: fp16, bf16 or fp32")
     require(input.shape[-1] % 2 == 0 and input.shape[-1] < 896, f"the width {input.shape[-1]} is even and below 896")
     fits = all(b in (1, a) for a, b in zip(input.shape, r1.shape, strict=True)) and r1.shape[-1] == input.shape[-1]
     require(fits, f"cos {tuple(r1.shape)} spreads over input {tuple(input.shape)}")
