@@ -5,7 +5,9 @@ import torch
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import ops
 from mindspeed_model_core.testing import op_cases
+from mindspeed_model_core.testing.op_cases.attention import CHUNKS, check_ring
 from mindspeed_model_core.testing.op_cases.case import in_types
+from mindspeed_model_core.testing.recomputation import Counted
 
 BOUND = {torch.float32: 2e-3, torch.bfloat16: 4e-2}  # fp32 products may run as TF32
 
@@ -42,6 +44,27 @@ def test_every_op_equals_its_formula(case, dtype):
     for level in (0, 2):
         with ops.at_level(level):
             op_cases.check(case, devices.pick(), dtype, BOUND[dtype])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN is CUDA's")
+def test_pytorch_takes_cudnn_where_it_is_best():
+    """Nearly twice as fast as the flash backend on Hopper, and PyTorch's first choice from cuDNN 9.15.1 on."""
+    version = torch.backends.cudnn.version() or 0
+    if torch.cuda.get_device_capability() != (9, 0) or version < 91501:
+        pytest.skip(f"cuDNN {version} on {torch.cuda.get_device_name()}: for Hopper, from 9.15.1 on")
+    q, k = (torch.randn(512, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2))
+    with Counted() as counted:
+        ops.attention(q, k, k, (256, 256))
+        ops.attention(q, q, q, (512,), causal=False)
+        ops.full_attention(q[:, None], q[:, None], q[:, None])
+    assert counted.calls == 3 * ["aten::_scaled_dot_product_cudnn_attention"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("name", CHUNKS)
+def test_chunks_of_a_ring_make_whole_attention(name, dtype, causal):
+    check_ring(name, devices.pick(), dtype, BOUND[dtype], causal)
 
 
 @pytest.mark.parametrize("dtype", BOUND)

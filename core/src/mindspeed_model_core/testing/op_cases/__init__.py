@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from . import activation, norm
+from . import activation, attention, norm
 from .case import Case, check
 
-CASES: tuple[Case, ...] = (*norm.CASES, *activation.CASES)
+CASES: tuple[Case, ...] = (*norm.CASES, *activation.CASES, *attention.CASES)
 
 __all__ = ["CASES", "Case", "check"]

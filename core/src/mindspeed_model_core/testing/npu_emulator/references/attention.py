@@ -21,6 +21,7 @@ _EVERY = 2147483647
 _DIMS = {"BSH": 3, "SBH": 3, "TND": 3, "BNSD": 4, "BSND": 4}
 _HEADS_DIM = {"BNSD": 1, "BSND": 2, "TND": 1}
 _COMPRESSED = 2048
+_SEQUENCES = 1024
 Ends = Sequence[int] | Tensor | None
 
 
@@ -163,6 +164,7 @@ def _check_attention(
             ends = _whole(given)
             ordered = ends == sorted(ends) and bool(ends) and ends[-1] <= len(tokens)
             require(ordered, f"actual_seq_{name}len={ends} are ends in order within {len(tokens)} tokens")
+            require(len(ends) <= _SEQUENCES, f"{len(ends)} sequences: TND takes at most {_SEQUENCES}")
 
 
 @functools.cache
