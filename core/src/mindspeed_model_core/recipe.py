@@ -35,6 +35,10 @@ _NO_SIXTY = {
     ),
 }
 
+NOTHING_TO_KEEP = (
+    "recompute_keep=attention: plain formulas (optimization_level=0, or MINDSPEED_MODEL_OPS=reference) have no result "
+    "of attention to keep; nearest: recompute_keep=nothing"
+)
 Precision = Literal["bf16", "bf16-pure", "fp32", "fp64"]
 
 
@@ -225,7 +229,7 @@ class Recipe(Section):
         "none", description="blocks recomputed in backward: none, all, or the first N of each pipeline stage"
     )
     recompute_keep: Literal["nothing", "attention"] = Field(
-        "nothing", description="what recomputed blocks keep all the same: attention's results are small and dear"
+        "nothing", description="what recomputed blocks keep: fused attention's results, which are small and dear"
     )
     deterministic: bool = False
     optimization_level: Literal[0, 1, 2] = optional(
@@ -262,6 +266,8 @@ class Recipe(Section):
                 f"parallel.overlap_chunks={self.parallel.overlap_chunks}: needs optimization_level=2, this is "
                 f"{self.optimization_level}; set optimization_level=2 or parallel.overlap_chunks=1"
             )
+        if self.optimization_level == 0 and self.recompute_keep == "attention":
+            raise ValueError(NOTHING_TO_KEEP)
         return self
 
     def micro_batches(self, ranks: int) -> int:

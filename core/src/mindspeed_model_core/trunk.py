@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from . import ops
+from .errors import UserError
 from .parallel.context import ContextParallel
 from .parallel.tensor import even_share
+from .recipe import NOTHING_TO_KEEP
 
 Batch = dict[str, Any]
 State = dict[str, Tensor]
@@ -124,19 +127,11 @@ class Trunk(nn.Module, ABC):
 def _policy(keep: str) -> dict[str, Any]:
     if keep == "nothing":
         return {}
-    return {"context_fn": partial(create_selective_checkpoint_contexts, attention_results())}
+    if not ops.level():
+        raise UserError(NOTHING_TO_KEEP)
+    return {"context_fn": partial(create_selective_checkpoint_contexts, _keep_attention)}
 
 
-@cache
-def attention_results() -> list[Any]:
-    """Return PyTorch's operators that compute attention, whichever backend serves it."""
-    names = [
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-        "_flash_attention_forward",
-    ]
-    found = [getattr(torch.ops.aten, name, None) for name in names]
-    return [packet.default for packet in found if packet is not None]
+def _keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator.name() in ops.ATTENTION
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

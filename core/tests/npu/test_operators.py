@@ -387,6 +387,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a mode that there is not": (lambda: attend(*SAME, sparse_mode=9, atten_mask=upper()), "sparse"),
     "packed without lengths": (lambda: packed(), "seq"),
     "lengths instead of ends": (lambda: packed(actual_seq_qlen=[4, 2], actual_seq_kvlen=[4, 2]), "in order"),
+    "too many sequences": (
+        lambda: packed(actual_seq_qlen=[0] * 1024 + [6], actual_seq_kvlen=[0] * 1024 + [6]),
+        "1025 sequences",
+    ),
     "groups in int32": (lambda: grouped(groups(2, 4).int()), "int64|Int"),
     "groups beyond the rows": (lambda: grouped(groups(2, 5)), "within 4 rows"),
     "weights of another depth": (lambda: grouped(groups(2, 4), depth=6), "K agrees|K"),

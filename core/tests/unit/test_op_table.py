@@ -10,6 +10,7 @@ from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.ops import table
 from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
+from mindspeed_model_core.testing.op_cases.attention import CHUNKS, check_ring
 from mindspeed_model_core.testing.op_cases.case import in_types
 from torch import Tensor
 
@@ -30,6 +31,51 @@ def test_every_op_equals_its_formula(case, dtype) -> None:
 def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype) -> None:
     with ops.at_level(level):
         CHECKS[name](CPU, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("name", CHUNKS)
+def test_chunks_of_a_ring_make_whole_attention(name, dtype, causal) -> None:
+    check_ring(name, CPU, dtype, BOUND[dtype], causal)
+
+
+def test_a_causal_chunk_is_the_queries_own() -> None:
+    q, k = torch.ones(3, 1, 2, 8), torch.ones(4, 1, 2, 8)
+    with pytest.raises(ValueError, match="as many keys as queries, not 4 and 3"):
+        ops.attention_with_lse(q, k, k, True)
+
+
+def test_keys_that_are_not_there_weigh_nothing() -> None:
+    q, k = torch.randn(3, 1, 2, 8), torch.randn(4, 1, 2, 8)
+    some, none = ops.attention_with_lse(q, k, k, False), ops.attention_with_lse(q, k[:0], k[:0], False)
+    assert not none[0].any() and bool((none[1] == -torch.inf).all())
+    for merged in (ops.merge_attention(*some, *none), ops.merge_attention(*none, *some)):
+        assert all(torch.equal(a, b) for a, b in zip(merged, some, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "dtype", "lengths", "taken"),
+    [
+        (256, 768, torch.float32, (2, 1), True),
+        (257, 8, torch.float32, (3,), False),
+        (2, 769, torch.bfloat16, (3,), False),
+        (2, 8, torch.float64, (3,), False),
+        (1, 8, torch.bfloat16, (2, *[1] * 1023, 0), True),
+        (1, 8, torch.bfloat16, (2, *[1] * 1024), False),
+        (1, 8, torch.bfloat16, (1,) * 1025, True),
+    ],
+)
+def test_an_npu_serves_attention_of_the_documented_sizes(heads, width, dtype, lengths, taken) -> None:
+    q = torch.empty(sum(lengths), heads, width, dtype=dtype)
+    assert (ops.attention.serving("npu", q, q, q, lengths) is not None) == taken
+
+
+def test_a_window_is_counts_or_minus_one() -> None:
+    q = torch.ones(3, 2, 8)
+    for level in (0, 2):
+        with ops.at_level(level), pytest.raises(ValueError, match=r"window=\(2, -2\)"):
+            ops.attention(q, q, q, (3,), window=(2, -2))
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import torch
 from mindspeed_model_core import lora
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent, trace
+from mindspeed_model_core.testing.recomputation import Counted
 from mindspeed_model_core.testing.suite import ModelSuite
 from mindspeed_model_core.testing.tolerance import FP64, assert_close
-from mindspeed_model_core.trunk import Batch, Trunk, attention_results
+from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_wan21 import MODEL
 from mindspeed_model_wan21.task import Wan21Recipe
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .random_features import write_features
 
@@ -33,16 +33,6 @@ CONTEXT = {
     "cp2-dp2-zero3": (4, {"cp": 2, "shard": "zero3"}),
     "tp2-cp2-pp2": (8, {"tp": 2, "cp": 2, "pp": 2}),
 }
-
-
-class Counted(TorchDispatchMode):
-    """Counts the attention operators that really run: a kept result does not reach the dispatcher."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += func in attention_results()
-        return func(*args, **(kwargs or {}))
 
 
 class Wan21Suite(ModelSuite):
@@ -175,7 +165,7 @@ class TestTextToVideo(Wan21Suite):
         for recompute, keep in (("none", "nothing"), ("all", "nothing"), ("all", "attention")):
             with Counted() as counted:
                 got = trace(replace(job, recompute=recompute, recompute_keep=keep), {})
-            ran[recompute, keep] = counted.calls
+            ran[recompute, keep] = len(counted.calls)
             if recompute == "none":
                 plain = got
             assert got.losses == plain.losses

@@ -2,17 +2,19 @@
 
 from .adaln import adaln, gated_add
 from .adamw import Update, adamw_, ema_adamw_
-from .attention import attention, full_attention
+from .attention import ATTENTION, attention, full_attention
 from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
 from .linear import accumulate_gradient, accumulate_product_, linear
 from .loss import cross_entropy
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
+from .ring import attention_backward, attention_with_lse, merge_attention
 from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
 from .swiglu import swiglu
 from .table import TABLE, Entry, Op, at_level, level, op
 
 __all__ = [
+    "ATTENTION",
     "TABLE",
     "Entry",
     "Op",
@@ -27,6 +29,8 @@ __all__ = [
     "at_level",
     "attention",
     "column_matmul",
+    "attention_backward",
+    "attention_with_lse",
     "cross_entropy",
     "ema_adamw_",
     "full_attention",
@@ -38,6 +42,7 @@ __all__ = [
     "linear",
     "matmul_all_reduce",
     "matmul_reduce_scatter",
+    "merge_attention",
     "op",
     "permute_tokens",
     "rms_norm",

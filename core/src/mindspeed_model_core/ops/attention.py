@@ -1,4 +1,8 @@
-"""Scaled dot-product attention: over documents packed back to back, and of every token to every other."""
+"""Scaled dot-product attention: over documents packed back to back, and of every token to every other.
+
+Scores are scaled by 1/sqrt(head width) (Vaswani et al. 2017, arXiv:1706.03762). Heads of q in equal shares use one head
+of k and v (Ainslie et al. 2023, arXiv:2305.13245).
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,128 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .table import FLOATS, op
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True) -> Tensor:
-    """Attend within each document; scores are scaled by 1/sqrt(head width), softmax is in fp32 or wider.
+Band = tuple[int, int]
+"""How many tokens before and after its own a token attends to; -1 is all."""
+ATTENTION = frozenset(
+    (
+        "aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_flash_attention "
+        "aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_cudnn_attention "
+        "aten::_scaled_dot_product_fused_attention_overrideable aten::_flash_attention_forward "
+        "torch_attn::_varlen_attn npu::npu_fusion_attention npu::npu_fusion_attention_v2 npu::npu_fusion_attention_v3"
+    ).split()
+)
+"""The operators, as the dispatcher names them, one of which serves attention wherever it is fused."""
+ALL, CAUSAL = (-1, -1), (-1, 0)
+HALF = (torch.float16, torch.bfloat16)
+_EVERY = 2**31 - 1
+
+
+@op
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
+) -> Tensor:
+    """Attend within each document; softmax is in fp32 or wider.
 
     ``q`` is ``[tokens, heads, width]``, ``k`` and ``v`` are ``[tokens, kv_heads, width]``; ``heads`` is a multiple of
-    ``kv_heads`` and ``lengths`` sums to ``tokens``. Returns ``[tokens, heads, width]``.
+    ``kv_heads`` and ``lengths``, of which some may be 0, sum to ``tokens``. A token attends to ``window`` tokens before
+    and after its own, -1 for all, and with ``causal`` to none after. Returns ``[tokens, heads, width]``.
     """
-    if len(set(lengths)) == 1:
-        return _equal(q, k, v, len(lengths), causal)
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None:
-        return _packed(q, k, v, lengths, causal)
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_equal(a, b, c, 1, causal) for a, b, c in parts])
+    band = _band(causal, window)
+    parts = []
+    for a, b, c in _by_document(q, k, v, lengths):
+        a, b, c = (x.transpose(0, 1)[None] for x in (a, b, c))
+        parts.append(formula(a, b, c, hidden(a.shape[2], band, q.device))[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
+@op
 def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend from each of ``q [tokens, batch, heads, width]`` to all of ``k``, ``v`` ``[others, batch, heads, width]``.
 
-    Scores are scaled by 1/sqrt(width), softmax is in fp32 or wider. Returns ``q``'s shape.
+    Softmax is in fp32 or wider; ``k`` and ``v`` may have fewer heads, of which ``q``'s are a multiple. Returns ``q``'s
+    shape.
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.permute(2, 0, 1, 3)
+    return formula(q, k, v, None).permute(2, 0, 1, 3)
+
+
+# --- the formula
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, left_out: Tensor | None) -> Tensor:
+    """Return ``softmax(scores(q, k)) v`` for ``[batch, heads, tokens, width]``."""
+    return unfold(scores(q, k, left_out).softmax(-1) @ wide(v), q.shape[1]).to(q.dtype)
+
+
+def scores(q: Tensor, k: Tensor, left_out: Tensor | None) -> Tensor:
+    """Return ``q k^T / sqrt(width)`` in fp32 or wider; where ``left_out [rows, columns]`` it is minus infinity.
+
+    ``q`` and ``k`` are ``[batch, heads, tokens, width]``. The rows of q's heads that share one of k follow each other:
+    ``[batch, kv_heads, heads / kv_heads * rows, columns]``.
+    """
+    kv_heads = k.shape[1]
+    found = fold(wide(q), kv_heads) @ wide(k).mT / q.shape[-1] ** 0.5
+    return found if left_out is None else found.masked_fill(left_out.repeat(q.shape[1] // kv_heads, 1), -torch.inf)
+
+
+def fold(x: Tensor, kv_heads: int) -> Tensor:
+    """Put the rows of heads that share keys one after the other: ``[batch, heads, rows, ...]`` to ``kv_heads``."""
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).flatten(2, 3)
+
+
+def unfold(x: Tensor, heads: int) -> Tensor:
+    """Undo ``fold``."""
+    ratio = heads // x.shape[1]
+    return x.unflatten(2, (ratio, x.shape[2] // ratio)).flatten(1, 2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return ``x`` in fp32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def hidden(tokens: int, band: Band, device: torch.device) -> Tensor | None:
+    """Return where of ``[tokens, tokens]`` a token does not attend; None for nowhere."""
+    if band == ALL:
+        return None
+    before, after = (tokens if reach < 0 else reach for reach in band)
+    at = torch.arange(tokens, device=device)
+    distance = at - at[:, None]
+    return (distance > after) | (distance < -before)
+
+
+def _band(causal: bool, window: Band | None) -> Band:
+    before, after = window or ALL
+    if min(before, after) < -1:
+        raise ValueError(f"window={window}: counts of tokens before and after, or -1 for all")
+    return (before, 0) if causal else (before, after)
+
+
+def _documents(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Leave out empty documents, which moves no token; one stays where there is no other."""
+    return tuple(filter(None, lengths)) or (0,)
+
+
+def _alike(lengths: tuple[int, ...]) -> bool:
+    return len(set(_documents(lengths))) == 1
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Any:
+    return zip(*(x.split(_documents(lengths)) for x in (q, k, v)), strict=True)
+
+
+# --- PyTorch's scaled_dot_product_attention. On Hopper and datacentre Blackwell PyTorch takes cuDNN first from the
+# version on (9.15.1, in its wheels since 2.11) that is right for every length; asking for it elsewhere would override
+# that judgement, and asking for it there would cost a context per call.
+
+
+def _takes_packed(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
+) -> bool:
+    wanted = not _alike(lengths) or _band(causal, window) not in (ALL, CAUSAL)
+    return wanted and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _varlen() is not None
 
 
 @functools.cache
@@ -44,17 +147,121 @@ def _varlen() -> Any:
     return varlen_attn
 
 
-def _equal(q: Tensor, k: Tensor, v: Tensor, documents: int, causal: bool) -> Tensor:
-    a, b, c = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(a, b, c, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool) -> Tensor:
+@attention.on(
+    "cuda",
+    "torch.nn.attention.varlen.varlen_attn",
+    when="fp16, bf16; width a multiple of 8 to 256; documents of unlike lengths, or a window",
+    takes=_takes_packed,
+)
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
+) -> Tensor:
+    lengths = _documents(lengths)
     ends = torch.tensor((0, *lengths)).cumsum(0).to(device=q.device, dtype=torch.int32, non_blocking=True)
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     longest = max(lengths)
-    window = (-1, 0) if causal else (-1, -1)
-    return _varlen()(q, k, v, ends, ends, longest, longest, window_size=window)
+    return _varlen()(q, k, v, ends, ends, longest, longest, window_size=_band(causal, window))  # type: ignore[no-any-return]
+
+
+@attention.on("meta", "torch.nn.functional.scaled_dot_product_attention")
+@attention.on("cpu", "torch.nn.functional.scaled_dot_product_attention")
+@attention.on("cuda", "torch.nn.functional.scaled_dot_product_attention")
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
+) -> Tensor:
+    band = _band(causal, window)
+    if _alike(lengths):
+        return _equal(q, k, v, len(_documents(lengths)), band)
+    return torch.cat([_equal(a, b, c, 1, band) for a, b, c in _by_document(q, k, v, lengths)])
+
+
+def _equal(q: Tensor, k: Tensor, v: Tensor, documents: int, band: Band) -> Tensor:
+    a, b, c = (x.unflatten(0, (documents, len(x) // documents)).transpose(1, 2) for x in (q, k, v))
+    causal, left_out = band == CAUSAL, None if band == CAUSAL else hidden(a.shape[2], band, q.device)
+    mask = None if left_out is None else ~left_out
+    shared = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+@full_attention.on("meta", "torch.nn.functional.scaled_dot_product_attention")
+@full_attention.on("cpu", "torch.nn.functional.scaled_dot_product_attention")
+@full_attention.on("cuda", "torch.nn.functional.scaled_dot_product_attention")
+def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    shared = q.shape[2] != k.shape[2]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared).permute(2, 0, 1, 3)
+
+
+# --- NPU
+
+
+def npu_takes(q: Tensor, k: Tensor) -> bool:
+    """Whether npu_fusion_attention takes q and k ``[..., heads, width]`` of up to a million tokens, batches apart."""
+    heads, width = q.shape[-2:]
+    sizes = width <= 768 and heads <= 256 and min(len(q), len(k)) > 0 and max(len(q), len(k)) <= 2**20
+    return sizes and q.dtype in FLOATS and q.dtype == k.dtype
+
+
+def npu_mask(band: Band, device: torch.device) -> dict[str, Any]:
+    """Return the arguments by which npu_fusion_attention leaves out all but a band."""
+    if band == ALL:
+        return {}
+    if band == CAUSAL:
+        return {"atten_mask": _triangle(device), "sparse_mode": 3}
+    before, after = (_EVERY if reach < 0 else reach for reach in band)
+    return {"atten_mask": _triangle(device), "sparse_mode": 4, "pre_tockens": before, "next_tockens": after}
+
+
+@functools.cache
+def _triangle(device: torch.device) -> Tensor:
+    """Return the one mask that the operator's compressed modes take, whatever the lengths."""
+    with torch.inference_mode(False):  # it is kept, and training saves it for backward
+        return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
+
+
+@attention.on(
+    "npu",
+    "npu_fusion_attention npu_fusion_attention_grad",
+    when="fp16, bf16, fp32; heads to 256, width to 768; documents of one length",
+    takes=lambda q, k, v, lengths, **_: npu_takes(q, k) and _alike(lengths),
+)
+def _npu_equal(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
+) -> Tensor:
+    documents = len(_documents(lengths))
+    a, b, c = (x.unflatten(0, (documents, -1)) for x in (q, k, v))
+    how = npu_mask(_band(causal, window), q.device)
+    out = torch.ops.npu.npu_fusion_attention(a, b, c, q.shape[1], "BSND", scale=q.shape[-1] ** -0.5, **how)[0]
+    return out.flatten(0, 1)  # type: ignore[no-any-return]
+
+
+@attention.on(
+    "npu",
+    "npu_fusion_attention npu_fusion_attention_grad",
+    when="fp16, bf16, fp32; heads to 256, width to 768; to 1024 documents",
+    takes=lambda q, k, v, lengths, **_: npu_takes(q, k) and len(_documents(lengths)) <= 1024,
+)
+def _npu_packed(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
+) -> Tensor:
+    ends, at = [], 0
+    for length in _documents(lengths):
+        at += length
+        ends.append(at)
+    how = {"actual_seq_qlen": ends, "actual_seq_kvlen": ends, **npu_mask(_band(causal, window), q.device)}
+    return torch.ops.npu.npu_fusion_attention(q, k, v, q.shape[1], "TND", scale=q.shape[-1] ** -0.5, **how)[0]  # type: ignore[no-any-return]
+
+
+@full_attention.on(
+    "npu",
+    "npu_fusion_attention npu_fusion_attention_grad",
+    when="fp16, bf16, fp32; heads to 256, width to 768; tokens and others to 2^20",
+    takes=lambda q, k, v: npu_takes(q, k) and q.shape[1] > 0,
+)
+def _npu_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a, b, c = (x.flatten(2) for x in (q, k, v))
+    out = torch.ops.npu.npu_fusion_attention(a, b, c, q.shape[2], "SBH", scale=q.shape[-1] ** -0.5)[0]
+    return out.unflatten(2, q.shape[2:])  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import activation, adaln, adamw, experts, loss, norm, rope
+from . import activation, adaln, adamw, attention, experts, loss, norm, rope
 from .case import Case, check, run, wanted
 
 CASES: tuple[Case, ...] = (
@@ -19,6 +19,7 @@ CASES: tuple[Case, ...] = (
     *rope.CASES,
     *adaln.CASES,
     *loss.CASES,
+    *attention.CASES,
     *experts.CASES,
 )
 CHECKS: dict[str, Callable[[torch.device, torch.dtype, float], None]] = {

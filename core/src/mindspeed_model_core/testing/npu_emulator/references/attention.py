@@ -7,18 +7,21 @@ heads, tokens within each sequence, unless ``softmax_layout`` asks for tokens, h
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..operators import FLOATS, reference, require, rule
+from ..operators import FLOATS, Function, reference, require, rule
 
 _EVERY = 2147483647
 _DIMS = {"BSH": 3, "SBH": 3, "TND": 3, "BNSD": 4, "BSND": 4}
 _HEADS_DIM = {"BNSD": 1, "BSND": 2, "TND": 1}
 _COMPRESSED = 2048
+_SEQUENCES = 1024
 Ends = Sequence[int] | Tensor | None
 
 
@@ -161,6 +164,7 @@ def _check_attention(
             ends = _whole(given)
             ordered = ends == sorted(ends) and bool(ends) and ends[-1] <= len(tokens)
             require(ordered, f"actual_seq_{name}len={ends} are ends in order within {len(tokens)} tokens")
+            require(len(ends) <= _SEQUENCES, f"{len(ends)} sequences: TND takes at most {_SEQUENCES}")
 
 
 @functools.cache
@@ -184,15 +188,15 @@ def _forward(
     value: Tensor,
     head_num: int,
     input_layout: str,
-    pse: Tensor | None,
-    atten_mask: Tensor | None,
-    scale: float,
-    before: int,
-    after: int,
-    actual_seq_qlen: Ends,
-    actual_seq_kvlen: Ends,
-    sparse_mode: int,
-    softmax_layout: str,
+    pse: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    scale: float = 1.0,
+    pre_tockens: int = _EVERY,
+    next_tockens: int = _EVERY,
+    actual_seq_qlen: Ends = None,
+    actual_seq_kvlen: Ends = None,
+    sparse_mode: int = 0,
+    softmax_layout: str = "",
     pse_type: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = _Sizes.of(query, key, head_num, input_layout, actual_seq_qlen, actual_seq_kvlen)
@@ -218,7 +222,7 @@ def _forward(
         if not q.shape[1]:
             continue
         scores = _scores(q, k, scale, pse, pse_type, sample)
-        blocked = _blocked(q.shape[1], k.shape[1], atten_mask, sparse_mode, before, after, sample)
+        blocked = _blocked(q.shape[1], k.shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens, sample)
         if blocked is not None:
             scores = scores.masked_fill(blocked, torch.finfo(torch.float32).min)
         m.copy_(scores.amax(-1, keepdim=True).expand_as(m))
@@ -237,18 +241,18 @@ def _backward(
     dy: Tensor,
     head_num: int,
     input_layout: str,
-    pse: Tensor | None,
-    atten_mask: Tensor | None,
     softmax_max: Tensor,
     softmax_sum: Tensor,
     attention_in: Tensor,
-    scale: float,
-    before: int,
-    after: int,
-    actual_seq_qlen: Ends,
-    actual_seq_kvlen: Ends,
-    sparse_mode: int,
-    softmax_layout: str,
+    pse: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    scale_value: float = 1.0,
+    pre_tockens: int = _EVERY,
+    next_tockens: int = _EVERY,
+    actual_seq_qlen: Ends = None,
+    actual_seq_kvlen: Ends = None,
+    sparse_mode: int = 0,
+    softmax_layout: str = "",
     pse_type: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the statistics and the output that were kept, as the kernel computes them."""
@@ -268,143 +272,45 @@ def _backward(
     for sample, (q, k, v, o, g, m, l, (to_q, to_k, to_v)) in enumerate(parts):  # noqa: E741
         if not q.shape[1]:
             continue
-        scores = _scores(q, k, scale, pse, pse_type, sample)
+        scores = _scores(q, k, scale_value, pse, pse_type, sample)
         weights = (scores - m[..., :1]).exp() / l[..., :1].clamp_min(1e-30)
-        blocked = _blocked(q.shape[1], k.shape[1], atten_mask, sparse_mode, before, after, sample)
+        blocked = _blocked(q.shape[1], k.shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens, sample)
         if blocked is not None:
             weights = weights.masked_fill(blocked, 0)
         g, o = g.float(), o.float()
         weighted = g @ _spread(v, len(q)).float().transpose(1, 2)
-        slope = weights * (weighted - (g * o).sum(-1, keepdim=True)) * scale
+        slope = weights * (weighted - (g * o).sum(-1, keepdim=True)) * scale_value
         to_q.copy_(slope @ _spread(k, len(q)).float())
         to_k.copy_((slope.transpose(1, 2) @ q.float()).unflatten(0, (len(k), -1)).sum(1))
         to_v.copy_((weights.transpose(1, 2) @ g).unflatten(0, (len(k), -1)).sum(1))
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
 
 
-# --- the three versions of the operator differ in names and in how much they return
+# --- the three versions of the operator differ in names and in how many outputs they leave empty
 
 
-@reference("npu_fusion_attention")
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_num: int,
-    input_layout: str,
-    pse: Tensor | None = None,
-    atten_mask: Tensor | None = None,
-    scale: float = 1.0,
-    pre_tockens: int = _EVERY,
-    next_tockens: int = _EVERY,
-    actual_seq_qlen: Ends = None,
-    actual_seq_kvlen: Ends = None,
-    sparse_mode: int = 0,
-    softmax_layout: str = "",
-) -> tuple[Tensor | None, ...]:
-    lengths = actual_seq_qlen, actual_seq_kvlen
-    how = pse, atten_mask, scale, pre_tockens, next_tockens, *lengths, sparse_mode, softmax_layout
-    return *_forward(query, key, value, head_num, input_layout, *how), None, None, None, None
+def _version(function: Function, empty: int, *, second: bool = False) -> Function:
+    """Return a function under the names of one version's arguments, with ``empty`` outputs more than it computes."""
+    names = {name: name for name in inspect.signature(function).parameters}
+    if second:
+        names |= {"pre_tockens": "pre_tokens", "next_tockens": "next_tokens"}
+    else:
+        del names["pse_type"]
+
+    def version(**given: Any) -> tuple[Any, ...]:
+        return *function(**{own: given[name] for own, name in names.items()}), *[None] * empty
+
+    version.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names.values()]
+    )
+    return version
 
 
-@reference("npu_fusion_attention_v2")
-def _attention_v2(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_num: int,
-    input_layout: str,
-    pse: Tensor | None = None,
-    atten_mask: Tensor | None = None,
-    scale: float = 1.0,
-    pre_tokens: int = _EVERY,
-    next_tokens: int = _EVERY,
-    actual_seq_qlen: Ends = None,
-    actual_seq_kvlen: Ends = None,
-    sparse_mode: int = 0,
-    pse_type: int = 1,
-    softmax_layout: str = "",
-) -> tuple[Tensor | None, ...]:
-    lengths = actual_seq_qlen, actual_seq_kvlen
-    how = pse, atten_mask, scale, pre_tokens, next_tokens, *lengths, sparse_mode, softmax_layout, pse_type
-    return *_forward(query, key, value, head_num, input_layout, *how), None, None, None, None
-
-
-@reference("npu_fusion_attention_v3")
-def _attention_v3(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_num: int,
-    input_layout: str,
-    pse: Tensor | None = None,
-    atten_mask: Tensor | None = None,
-    scale: float = 1.0,
-    pre_tockens: int = _EVERY,
-    next_tockens: int = _EVERY,
-    actual_seq_qlen: Ends = None,
-    actual_seq_kvlen: Ends = None,
-    sparse_mode: int = 0,
-    softmax_layout: str = "",
-) -> tuple[Tensor | None, ...]:
-    lengths = actual_seq_qlen, actual_seq_kvlen
-    how = pse, atten_mask, scale, pre_tockens, next_tockens, *lengths, sparse_mode, softmax_layout
-    return *_forward(query, key, value, head_num, input_layout, *how), None, None, None
-
-
-@reference("npu_fusion_attention_grad", "npu_fusion_attention_grad_v3")
-def _attention_grad(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dy: Tensor,
-    head_num: int,
-    input_layout: str,
-    softmax_max: Tensor,
-    softmax_sum: Tensor,
-    attention_in: Tensor,
-    pse: Tensor | None = None,
-    atten_mask: Tensor | None = None,
-    scale_value: float = 1.0,
-    pre_tockens: int = _EVERY,
-    next_tockens: int = _EVERY,
-    actual_seq_qlen: Ends = None,
-    actual_seq_kvlen: Ends = None,
-    sparse_mode: int = 0,
-    softmax_layout: str = "",
-) -> tuple[Tensor | None, ...]:
-    kept = softmax_max, softmax_sum, attention_in
-    where = pre_tockens, next_tockens, actual_seq_qlen, actual_seq_kvlen, sparse_mode, softmax_layout
-    how = pse, atten_mask, *kept, scale_value, *where
-    return *_backward(query, key, value, dy, head_num, input_layout, *how), None, None
-
-
-@reference("npu_fusion_attention_grad_v2")
-def _attention_grad_v2(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dy: Tensor,
-    head_num: int,
-    input_layout: str,
-    softmax_max: Tensor,
-    softmax_sum: Tensor,
-    attention_in: Tensor,
-    pse: Tensor | None = None,
-    atten_mask: Tensor | None = None,
-    scale_value: float = 1.0,
-    pre_tokens: int = _EVERY,
-    next_tokens: int = _EVERY,
-    actual_seq_qlen: Ends = None,
-    actual_seq_kvlen: Ends = None,
-    sparse_mode: int = 0,
-    pse_type: int = 1,
-    softmax_layout: str = "",
-) -> tuple[Tensor | None, ...]:
-    kept = softmax_max, softmax_sum, attention_in
-    where = pre_tokens, next_tokens, actual_seq_qlen, actual_seq_kvlen, sparse_mode, softmax_layout
-    how = pse, atten_mask, *kept, scale_value, *where, pse_type
-    return *_backward(query, key, value, dy, head_num, input_layout, *how), None, None, None, None
+reference("npu_fusion_attention")(_version(_forward, 4))
+reference("npu_fusion_attention_v2")(_version(_forward, 4, second=True))
+reference("npu_fusion_attention_v3")(_version(_forward, 3))
+reference("npu_fusion_attention_grad", "npu_fusion_attention_grad_v3")(_version(_backward, 2))
+reference("npu_fusion_attention_grad_v2")(_version(_backward, 4, second=True))
 
 
 # --- ring attention

@@ -1,0 +1,28 @@
+"""What is computed again in backward, and what is kept."""
+
+import pytest
+import torch
+from mindspeed_model_core import ops
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.testing import toy
+from mindspeed_model_core.testing.recomputation import LENGTHS, attend, check_kept
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("documents", LENGTHS)
+def test_attention_can_be_kept(documents) -> None:
+    check_kept(documents, CPU, torch.float32)
+
+
+def test_plain_formulas_have_no_result_of_attention_to_keep() -> None:
+    with ops.at_level(0):
+        assert attend("alike", True, "nothing", CPU, torch.float32)[0] == 0
+        with pytest.raises(UserError, match="recompute_keep=attention: plain formulas"):
+            attend("alike", True, "attention", CPU, torch.float32)
+
+
+def test_a_recipe_that_asks_for_both_is_refused() -> None:
+    assert toy.recipe(recompute="all", recompute_keep="attention", optimization_level=1)
+    with pytest.raises(ValueError, match="recompute_keep=attention: plain formulas"):
+        toy.recipe(recompute="all", recompute_keep="attention", optimization_level=0)
