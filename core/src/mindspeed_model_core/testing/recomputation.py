@@ -57,6 +57,10 @@ class Attending(Trunk):
         """Return the features as they are."""
         return state["x"]
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the rows."""
+        return len(batch["x"])
+
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """Return the features' shape."""
         return {"x": tuple(batch["x"].shape)}
