@@ -221,6 +221,7 @@ def test_every_rank_keeps_other_jobs_out(left: int, clips: Path, tmp_path: Path)
     wait_for(lambda: any((folder / SHARDS).glob(f"rank-{left}-*")))
     workers = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
     os.kill(workers[left], signal.SIGSTOP)
+    wait_for(lambda: ") T " in Path(f"/proc/{workers[left]}/stat").read_text())
     for pid in (workers[1 - left], job.process.pid or 0):
         os.kill(pid, signal.SIGKILL)
     job.wait()
@@ -244,7 +245,7 @@ def test_bad_files_are_named_and_skipped_or_stop_the_run(clips: Path, tmp_path: 
     cut.write_bytes((clips.parent / "part-0" / "clip.mp4").read_bytes()[:900])
     rows = [str(clips.parent / "part-0" / "clip.mp4"), str(cut), str(tmp_path / "missing.png")]
     listed.write_text("".join(json.dumps({"video": row, "caption": "x"}) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"cut.mp4: .*\(--on-bad skip leaves such files out\)"):
+    with pytest.raises(UserError, match=r"some.jsonl:2: .*cut.mp4: .*\(--on-bad skip leaves such files out\)"):
         run(listed, tmp_path / "stopped")
     line = run(listed, tmp_path / "skipped", skipping())
     assert "1 clips encoded" in line and "2 bad files skipped; 1 in all" in line
