@@ -159,7 +159,7 @@ def is_image(path: str | Path) -> bool:
 def probe(path: str | Path) -> Clip:
     """Return what a file holds, from its header and, for a video, its first frame, which alone knows the rotation.
 
-    Raises UserError for a file that is missing or neither a video nor an image, ``Denied`` for one that is kept from us.
+    Raises UserError for a file that is missing or neither a video nor an image, ``Denied`` if it cannot be opened.
     """
     path = Path(path)
     if is_image(path):
@@ -350,7 +350,7 @@ def _seconds(container: Any, stream: Any) -> float:
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if container.duration:
-        return container.duration / 1e6
+        return container.duration / 1e6 - _start(stream)  # a container's, as Matroska's, counts from 0
     ends = [(p.pts + (p.duration or 0)) * stream.time_base for p in container.demux(stream) if p.pts is not None]
     container.seek(0)
     return float(max(ends, default=Fraction(0))) - _start(stream)
