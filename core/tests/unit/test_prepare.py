@@ -131,10 +131,12 @@ def test_a_kill_loses_and_doubles_nothing(clips: Path, whole: Path, tmp_path: Pa
 class Job:
     """A launcher of two ranks, forked from this process, where torch is imported already."""
 
-    def __init__(self, clips: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop") -> None:
+    def __init__(
+        self, clips: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop", shard_bytes: int = 12_000
+    ) -> None:
         script = Path(__file__).with_name("toy_prepare.py")
         command = [sys.executable, str(script), "prepare", str(clips), str(folder)]
-        command += ["--pause", str(pause), "--on-bad", on_bad]
+        command += ["--pause", str(pause), "--on-bad", on_bad, "--shard-bytes", str(shard_bytes)]
         self.errors = folder.parent / "errors"
         self.process = multiprocessing.get_context("fork").Process(target=self.launch, args=(command,))
         self.process.start()
@@ -172,7 +174,9 @@ def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tm
         os.kill(pid, signal.SIGKILL)
     why = "rank 1 was killed (SIGKILL: by hand, or the machine ran out of memory); the other ranks were stopped"
     ends = {"worker": (128 + signal.SIGKILL, f"error: {why}\n")}
-    assert job.wait() == ends.get(victim, (-signal.SIGKILL, ""))
+    status, said = job.wait()
+    kept = rf"{folder}: stopped at \d+ of 40 clips; they are kept, the same command goes on from there\n"
+    assert (status, re.sub(kept, "", said)) == ends.get(victim, (-signal.SIGKILL, ""))
     kept = {path: path.read_bytes() for path in (folder / SHARDS).glob("*.safetensors")}
     had = features.done(folder)
     assert len(kept) >= 2 and 2 <= len(had) < LINES and not (folder / INDEX).exists()
@@ -190,6 +194,61 @@ def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tm
     assert FeatureSet(folder).keys == [f"{i + 1:08d}-clip" for i in range(LINES)]
     assert contents(folder) == contents(whole) and unplaced(folder) == unplaced(whole)
     assert not [path for path in folder.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_stopped_keeps_what_it_encoded(
+    number: signal.Signals, clips: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    job = Job(clips, folder, pause=0.3, shard_bytes=10**9)
+    wait_for(lambda: (tmp_path / "encoded0").exists() and (tmp_path / "encoded1").exists())
+    os.kill(job.process.pid or 0, number)
+    status, said = job.wait()
+    told = re.fullmatch(rf"{folder}: stopped at (\d+) of 40 clips; they are kept, .*\n", said)
+    kept = len(features.done(folder))
+    # The other rank may have ended its clip as the first spoke.
+    assert status == 128 + number and told and 2 <= int(told[1]) <= kept <= int(told[1]) + 1
+    assert not (folder / INDEX).exists() and f"; {kept} were there; 40 in all" in run(clips, folder)
+    assert contents(folder) == contents(whole)
+
+
+def test_a_bad_file_stops_all_ranks_and_they_keep_what_they_encoded(clips: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    shutil.copytree(clips.parent, tmp_path / "clips")
+    job = Job(tmp_path / "clips" / "clips.jsonl", folder, pause=0.3, shard_bytes=10**9)
+    wait_for(lambda: (tmp_path / "encoded0").exists() and (tmp_path / "encoded1").exists())
+    (tmp_path / "clips" / "part-4" / "clip.mp4").write_bytes(b"overwritten")
+    status, said = job.wait()
+    *_, last = said.splitlines()
+    assert status == 2 and re.match(r"error: .*/clips.jsonl:\d+: .*part-4/clip.mp4: not a readable video", last)
+    assert len(features.done(folder)) >= 2
+
+
+def test_a_process_alone_keeps_what_it_encoded_and_says_so(
+    clips: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    seen = []
+
+    def interrupted(item: Any, bucket: Any, fps: float) -> Any:
+        if item.line == 9:
+            seen.append(os.getpid())
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(item, bucket, fps)
+
+    read = module.read_clip
+    monkeypatch.setattr(module, "read_clip", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run(clips, tmp_path / "features")
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    kept = len(features.done(tmp_path / "features"))
+    assert 5 < kept < 10
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'features'}: stopped at {kept} of 40 clips; they are kept, the same command goes on from there\n"
+    )
+    monkeypatch.undo()
+    run(clips, tmp_path / "features")
+    assert contents(tmp_path / "features") == contents(whole) and seen
 
 
 def test_a_kill_before_the_first_settings_leaves_a_folder_to_go_on_with(

@@ -7,13 +7,15 @@ import fcntl
 import hashlib
 import os
 import re
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -39,6 +41,9 @@ _AHEAD = 2  # clips decoded while one is encoded
 _WAIT = datetime.timedelta(days=7)  # a rank may wait this long for the last clip of another
 _DYING = 5.0  # seconds in which the ranks of a launcher that was killed end
 _MARK = 8  # hex digits that stand for a line of the list
+GRACE = 60.0
+"""Seconds that ranks should have to write what they hold when another ends; see ``launch.spawn``."""
+
 _SKIP = "--on-bad skip"
 
 T = TypeVar("T")
@@ -85,7 +90,8 @@ def prepare(
     its frames, uint8 ``[F, 3, H, W]`` in the shape of its bucket; ``empty_text`` those of them that an empty caption
     replaces. ``settings``, which are JSON, and the shapes of ``data`` are what a folder is made with. Raises UserError
     for a folder that holds something else, was made with other settings or from another list, or is being written to
-    by another job, and for a bad file unless ``data`` skips those.
+    by another job, and for a bad file unless ``data`` skips those. A job that ends early, by an error, SIGTERM or
+    SIGINT, keeps all that it encoded; one that is killed, all but what the last five minutes made.
     """
     settings = {**settings, **data.shapes}
     with closing(Job()) as job:
@@ -146,7 +152,11 @@ def _encode(
             return clip[0], error
 
     bad = BadFiles(data.on_bad, _SKIP)
-    with FeatureWriter(destination, f"rank-{job.rank}", shard_bytes=shard_bytes) as writer:
+    with (
+        _telling(job, destination, len(clips)),
+        _stoppable(),
+        FeatureWriter(destination, f"rank-{job.rank}", shard_bytes=shard_bytes) as writer,
+    ):
         for item, frames in _ahead(mine(), read):
             if isinstance(frames, UserError):
                 bad.add(frames)
@@ -158,9 +168,45 @@ def _encode(
     return list(bad.reasons)
 
 
+@contextmanager
+def _telling(job: Job, folder: Path, total: int) -> Iterator[None]:
+    """On the first rank, say of a job that ends early that its work is kept."""
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # a launcher that was killed takes the counters with it
+            if job.rank == 0:
+                count = f"{job.count('done', 0)} of {total} clips"
+                print(
+                    f"{folder}: stopped at {count}; they are kept, the same command goes on from there", file=sys.stderr
+                )
+        raise
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the first SIGTERM or SIGINT end a block by an exception, and no other disturb it on its way out."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before: dict[int, Any] = {}
+    with suppress(ValueError):  # not in the main thread: the caller's handlers stay
+        for each in (signal.SIGTERM, signal.SIGINT):
+            before[each] = signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def _ahead(given: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
     """Yield ``function`` of each in order, working ahead in a thread."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         waiting: deque[Future[R]] = deque()
         for each in given:
             waiting.append(pool.submit(function, each))
@@ -168,6 +214,8 @@ def _ahead(given: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a job that is stopped has held samples to write first
 
 
 def _key(item: Item) -> str:

@@ -9,6 +9,7 @@ import typer
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import launch
 from mindspeed_model_core.data.media import Item, read_list
+from mindspeed_model_core.data.prepare import GRACE
 from mindspeed_model_core.data.prepare import prepare as prepare_items
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import validate
@@ -90,8 +91,9 @@ def prepare_command(
 ) -> None:
     """Encode a list of clips once, so that training reads features and no encoder runs in it.
 
-    Stopped or killed, the same command goes on where it was: what is done is kept, nothing is done twice. Lines may be
-    added to the list and the command run again.
+    Stopped by Ctrl-C, SIGTERM or a bad file, the same command goes on where it was: what is done is kept, nothing is
+    done twice. Killed, it loses what the last five minutes made. Lines may be added to the list and the command run
+    again.
 
     $ mindspeed-wan21 prepare clips.jsonl features --encoders Wan2.1-T2V-1.3B-Diffusers --nproc auto
 
@@ -113,7 +115,7 @@ def prepare_command(
         launch.refuse_nested()
         count = launch.count(nproc)
         if count > 1:
-            raise typer.Exit(launch.spawn(count, launch.command_without_nproc()))
+            raise typer.Exit(launch.spawn(count, launch.command_without_nproc(), grace=GRACE))
     done_line = prepare(source, destination, encoders, data, conditioning, shard_bytes=shard_size * 10**6)
     if launch.first_rank():
         typer.echo(done_line)
