@@ -172,6 +172,8 @@ def test_folders_that_cannot_be_used_are_refused(folder: Path) -> None:
     refused("empty_text.safetensors: missing or damaged", text_drop=0.1)
     (folder / EMPTY_TEXT).unlink()
     refused("empty_text.safetensors: missing or damaged", text_drop=0.1)
+    write_empty_text(folder, {"other": torch.ones(2)})
+    refused("empty_text.safetensors: holds none of latents, text, pooled; remove it and run", text_drop=0.1)
     prepared(folder)
     (folder / INDEX).unlink()
     refused("is not finished; run the prepare command again")

@@ -186,7 +186,18 @@ def test_damaged_shards_are_named(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"version": 1}))
     with pytest.raises(UserError, match="index.json: not an index of features"):
         FeatureSet(folder)
+    (folder / INDEX).write_text("")
+    with pytest.raises(UserError, match="index.json: not valid JSON: .*; run the prepare command again"):
+        FeatureSet(folder)
     os.rename(folder / SHARDS, folder / "elsewhere")
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match="holds no features"):
         FeatureSet(folder)
+
+
+def test_a_reader_keeps_the_shards_open_that_it_used_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_HANDLES", 2)
+    found = FeatureSet(folder)
+    for number in [*range(10), 0, 9]:
+        assert equal(found.read(number), sample(number))
+        assert list(found._open)[-1] == found._samples[number][1] and len(found._open) <= 2

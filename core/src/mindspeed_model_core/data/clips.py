@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import launch
 from ..errors import UserError
+from ..frozen import has_parts
 from ..recipe import Recipe, Section, local
 from ..trunk import Batch
 from .buckets import Bucket, BucketSource, aspect_buckets, fit
@@ -119,7 +120,7 @@ class PictureData(Section):
         if self.encoders is not None:
             return self.encoders
         for folder in (Path(init_from), Path(init_from).absolute().parent) if init_from else ():
-            if all((folder.expanduser() / part).is_dir() for part in self.encoder_parts):
+            if has_parts(folder, self.encoder_parts):
                 return str(folder)
         where = f"init_from={init_from} holds none" if init_from else "this field is required without init_from"
         parts = ", ".join(f"{part}/" for part in self.encoder_parts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..tensorfile import publish
+from ..tensorfile import publish, save_tensors
 from ..trunk import Batch
 from .clips import BadFiles, PictureData, Sample, content, drops_text, naming
 from .features import INDEX, FeatureSet, Shape
@@ -39,7 +39,8 @@ def open_prepared(folder: Path) -> FeatureSet:
 class PreparedFeatures:
     """Reads the tensors ``names`` of a prepared folder's samples; ``key`` names the one whose shape is the bucket.
 
-    A sample that goes without its text has, for those of its tensors that ``EMPTY_TEXT`` holds, these.
+    A sample that goes without its text has, for those of its tensors that ``EMPTY_TEXT`` holds, these. A damaged shard
+    is no bad sample but a damaged folder: ``data.on_bad`` does not leave it out.
     """
 
     def __init__(
@@ -54,6 +55,11 @@ class PreparedFeatures:
     ) -> None:
         self.features, self.names, self.collate, self.text_drop = features, names, collate, data.text_drop
         self.empty = read_empty_text(features.folder) if data.text_drop else {}
+        if data.text_drop and not set(names) & set(self.empty):
+            raise UserError(
+                f"{features.folder / EMPTY_TEXT}: holds none of {', '.join(names)}; "
+                "remove it and run the prepare command again"
+            )
         self.keys: list[Shape] = []
         for number, sample in enumerate(features.keys):
             shapes = features.shapes(number)
@@ -153,15 +159,15 @@ def read_empty_text(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(folder / EMPTY_TEXT)
     except (OSError, SafetensorError):
-        raise UserError(f"{folder / EMPTY_TEXT}: missing or damaged; run the prepare command again") from None
+        raise UserError(
+            f"{folder / EMPTY_TEXT}: missing or damaged; remove it and run the prepare command again"
+        ) from None
 
 
 def write_empty_text(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write what the empty caption was encoded to."""
-    from safetensors.torch import save_file
-
     draft = folder / f".{EMPTY_TEXT}.tmp"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, draft)
+    save_tensors(draft, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     publish(draft, folder / EMPTY_TEXT)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
-from ..tensorfile import publish, read_json
+from ..tensorfile import publish, read_json, save_tensors
 
 INDEX = "index.json"
 SHARDS = "shards"
@@ -67,12 +67,10 @@ class FeatureWriter:
         """Write what is held as a shard, and return when it is on disk."""
         if not self._held:
             return
-        from safetensors.torch import save_file
-
         path = self.folder / f"{self.name}-{self.number:05d}.safetensors"
         draft = path.with_name(f".{path.name}.tmp")
         tensors = {f"{key}/{name}": tensor for key, sample in self._held.items() for name, tensor in sample.items()}
-        save_file(tensors, draft, metadata={"keys": json.dumps(list(self._held))})
+        save_tensors(draft, tensors, {"keys": json.dumps(list(self._held))})
         publish(draft, path)
         self._held, self._size = {}, 0
         self.number += 1
@@ -188,7 +186,10 @@ class FeatureSet:
         return self._open[shard]
 
     def _read_index(self, path: Path) -> None:
-        value = read_json(path)
+        try:
+            value = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; run the prepare command again") from None
         try:
             sizes = {str(shard["file"]): int(shard["bytes"]) for shard in value["shards"]}
             self._shards = list(sizes)
@@ -196,7 +197,7 @@ class FeatureSet:
             self._samples = [(key, shard, kind) for key, (shard, kind) in value["samples"].items()]
             self.meta = dict(value["meta"])
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: not an index of features; finish writing the folder again") from None
+            raise UserError(f"{path}: not an index of features; run the prepare command again") from None
         for name, size in sizes.items():
             shard = self.folder / SHARDS / name
             there = shard.stat().st_size if shard.is_file() else None
