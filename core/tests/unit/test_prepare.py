@@ -421,3 +421,47 @@ def test_ranks_with_other_lists_are_refused(clips: Path, tmp_path: Path) -> None
         (tmp_path / str(host) / "clips.jsonl").write_text(clips.read_text().replace("line", word))
     status, said = Job(tmp_path / "{rank}" / "clips.jsonl", tmp_path / "features").wait()
     assert status == 2 and re.fullmatch(r"error: the list of clips: is \w+ on rank 1 and \w+ on rank 0; .*\n", said)
+
+
+def test_a_destination_that_cannot_be_is_refused(clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere/at/all")
+    for folder in (tmp_path / "file" / "features", tmp_path / "dangling", Path("/proc/features")):
+        with pytest.raises(UserError, match=rf"^{folder}: no folder can be made there \(.*\); name another$"):
+            run(clips, folder)
+
+
+def test_a_list_of_which_nothing_can_be_used_is_an_error(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "clips.jsonl").write_text('{"video": "gone.mp4", "caption": "x"}\n' * 2)
+    with pytest.raises(UserError, match="features: none of the 2 clips can be used"):
+        run(tmp_path / "clips.jsonl", tmp_path / "features", skipping())
+    assert capsys.readouterr().err.count("skipped: ") == 2 and not (tmp_path / "features" / INDEX).exists()
+
+
+def test_files_have_the_permissions_of_new_files(clips: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run(clips, tmp_path / "features")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "features").rglob("*") if path.is_file()}
+    assert len(modes) > 3 and set(modes.values()) == {0o640}, modes
+
+
+def test_progress_is_told_where_there_is_no_terminal(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run(clips, tmp_path / "quick")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "_EVERY", 0.0)
+    run(clips, tmp_path / "slow")
+    lines = capsys.readouterr().err.splitlines()
+    form = rf"{tmp_path / 'slow'}: (\d+) of 40 clips, [\d.]+ clips/s, \d:\d\d:\d\d left"
+    assert [int(match[1]) for line in lines if (match := re.fullmatch(form, line))] == list(range(1, LINES + 1))
+
+
+def test_damaged_settings_are_told_with_what_to_do(clips: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "made")
+    (tmp_path / "made" / SETTINGS).write_text("")
+    with pytest.raises(UserError, match="settings.json: not valid JSON: .*; put it back from a copy, or name a new"):
+        run(clips, tmp_path / "made")
