@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from mindspeed_model_core.data import SlotLoader
-from mindspeed_model_core.data.clips import ClipData, Clips, PictureData, drops_text, open_reader
+from mindspeed_model_core.data.clips import Clips, PictureData, drops_text, open_reader
 from mindspeed_model_core.data.media import read_frames, read_list
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe, validate
 from mindspeed_model_core.testing.clips import drawn, equal, write_clips
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
+
+from .toy_prepare import Videos
 
 BATCH = 4
 SHAPES = [(5, 32, 48), (9, 48, 32), (5, 32, 48), (6, 40, 60), (1, 32, 48), (9, 48, 32), (7, 32, 48)]
@@ -26,18 +28,6 @@ class Pictures(PictureData):
     encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     height: PositiveInt = 32
     width: PositiveInt = 48
-
-
-class Videos(ClipData):
-    stride: ClassVar[int] = 16
-    frame_stride: ClassVar[int] = 4
-    encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
-    height: PositiveInt = 32
-    width: PositiveInt = 48
-    frames: tuple[PositiveInt, ...] = (1, 5, 9)
-    fps: PositiveFloat = 16.0
-    ratios: tuple[str, ...] = ("3:2", "2:3")
-    synthetic: tuple[PositiveInt, PositiveInt, PositiveInt] = (5, 32, 48)
 
 
 def load(

@@ -465,3 +465,18 @@ def test_damaged_settings_are_told_with_what_to_do(clips: Path, whole: Path, tmp
     (tmp_path / "made" / SETTINGS).write_text("")
     with pytest.raises(UserError, match="settings.json: not valid JSON: .*; put it back from a copy, or name a new"):
         run(clips, tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frames": (5, 0)}, "--frames=0: Input should be greater than 0"),
+        ({"frames": (80,)}, "--frames: 80 is not 4n + 1; try 81"),
+        ({"height": 33}, "--height=33: must be a multiple of 16; try 32"),
+        ({"ratios": ("16/9",)}, "--ratio: '16/9' is not width:height; write 16:9"),
+        ({"on_bad": "stay"}, "--on-bad='stay': Input should be 'stop' or 'skip'; did you mean 'stop'?"),
+    ],
+)
+def test_impossible_options_are_named_as_options(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        module.from_options(type(DATA), values)

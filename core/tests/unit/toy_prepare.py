@@ -20,7 +20,7 @@ from torch import Tensor
 class Videos(ClipData):
     stride: ClassVar[int] = 16
     frame_stride: ClassVar[int] = 4
-    encoder_parts: ClassVar[tuple[str, ...]] = ("vae",)
+    encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     height: PositiveInt = 32
     width: PositiveInt = 48
     frames: tuple[PositiveInt, ...] = (1, 5, 9)

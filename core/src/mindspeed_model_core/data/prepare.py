@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
+from ..recipe import validate
 from ..tensorfile import publish, read_json, write_json
 from .buckets import Bucket
 from .clips import BadFiles, PictureData, read_clip, usable
@@ -47,8 +48,19 @@ GRACE = 60.0
 
 _SKIP = "--on-bad skip"
 
+D = TypeVar("D", bound=PictureData)
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def from_options(kind: type[D], values: Mapping[str, Any]) -> D:
+    """Return the data section of a command's options, which have its fields' names; a mistake names the option."""
+    try:
+        return validate(kind, dict(values), "")
+    except UserError as error:
+        field, said = re.fullmatch(r": (\w+)(?:\.\d+)?(.*)", str(error)).groups()  # type: ignore[union-attr]
+        name = "ratio" if field == "ratios" else field.replace("_", "-")
+        raise UserError(f"--{name}{said}") from None
 
 
 class Job:
