@@ -172,8 +172,9 @@ class _Ranks:
         if users:
             _say(users[0]["message"])
             return users[0]["status"]
-        if len(self.signals) > 1 or (self.signals and all(s in (130, -self.signals[0]) for s in self.failed.values())):
-            return 128 + self.signals[0]
+        number = self.signals[0] if self.signals else 0
+        if len(self.signals) > 1 or (number and {130, 128 + number, -number}.issuperset(self.failed.values())):
+            return 128 + number
         # A kill or a fault made the others fail, not the other way round; of exceptions the first did. An abort may be
         # a communication library's answer to another rank's end.
         rank, status = min(

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 import threading
 import zipfile
@@ -585,6 +586,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ appearing whole
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions that any new file has; the library's own are for its user alone."""
+    from safetensors.torch import save_file
+
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(stat.S_IMODE(mode))
 
 
 def publish(draft: Path, path: Path) -> None:

@@ -122,6 +122,15 @@ def test_another_seed_is_another_order_and_the_source_travels_to_workers() -> No
     assert [i for i, _ in first(source())] != [i for i, _ in first(source(seed=4))]
 
 
+def test_buckets_of_one_size_have_orders_of_their_own() -> None:
+    ours = source(1, ["wide"] * 20 + ["tall"] * 20)
+    orders: dict[str, list[int]] = {"wide": [], "tall": []}
+    for bucket, at, index in sorted(ours.order(0, place, 0) for place in range(ours.groups)):
+        assert at == len(orders[ours.names[bucket]])
+        orders[ours.names[bucket]].append(index % 20)
+    assert sorted(orders["wide"]) == sorted(orders["tall"]) == list(range(20)) and orders["wide"] != orders["tall"]
+
+
 def good(index: int, seed: int) -> Draw | None:
     return None if KEYS[index] == "tall" and index != 9 or index in (0, 3) else (index, seed)
 

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from mindspeed_model_core.data import SlotLoader
-from mindspeed_model_core.data.clips import ClipData, Clips, PictureData, drops_text, open_reader
+from mindspeed_model_core.data.clips import Clips, PictureData, drops_text, open_reader
 from mindspeed_model_core.data.media import read_frames, read_list
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe, validate
 from mindspeed_model_core.testing.clips import drawn, equal, write_clips
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
+
+from .toy_prepare import Videos
 
 BATCH = 4
 SHAPES = [(5, 32, 48), (9, 48, 32), (5, 32, 48), (6, 40, 60), (1, 32, 48), (9, 48, 32), (7, 32, 48)]
@@ -26,18 +28,6 @@ class Pictures(PictureData):
     encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     height: PositiveInt = 32
     width: PositiveInt = 48
-
-
-class Videos(ClipData):
-    stride: ClassVar[int] = 16
-    frame_stride: ClassVar[int] = 4
-    encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
-    height: PositiveInt = 32
-    width: PositiveInt = 48
-    frames: tuple[PositiveInt, ...] = (1, 5, 9)
-    fps: PositiveFloat = 16.0
-    ratios: tuple[str, ...] = ("3:2", "2:3")
-    synthetic: tuple[PositiveInt, PositiveInt, PositiveInt] = (5, 32, 48)
 
 
 def load(
@@ -155,12 +145,16 @@ def test_a_bad_file_is_named_and_skipped_or_stops_the_run(clips: Path, tmp_path:
     bad = [{"path": "cut.mp4", "text": "cut"}, {"path": "gone.mp4", "text": "gone"}]
     listed = tmp_path / "list.jsonl"
     listed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
-    with pytest.raises(UserError, match=r"cut.mp4: .*\(data.on_bad=skip leaves such files out\)"):
+    with pytest.raises(UserError, match=r"list.jsonl:5: .*cut.mp4: .*\(data.on_bad=skip leaves such files out\)"):
         load(listed)
     loader = load(listed, on_bad="skip")
     said = capsys.readouterr().err
     assert "2 of 6 files are skipped:" in said and "cut.mp4: " in said and "gone.mp4: no such file" in said
     assert set(captions(loader, 3)) == {row["text"] for row in rows}
+    (tmp_path / "gone.mp4").symlink_to("gone.mp4")  # root may read what has no permissions
+    with pytest.raises(UserError, match="list.jsonl:6: .*gone.mp4: cannot be opened: Too many .*; make it readable$"):
+        load(listed, on_bad="skip")
+    (tmp_path / "gone.mp4").unlink()
     listed.write_text("".join(json.dumps(row) + "\n" for row in bad))
     with pytest.raises(UserError, match="none of its 2 clips can be used"):
         load(listed, on_bad="skip")
@@ -173,10 +167,14 @@ def test_a_file_that_turns_bad_is_replaced_by_the_next_of_its_bucket(tmp_path: P
     assert {caption.split()[-1] for caption in captions(loader, 4)} == {"1", "2", "3"}
     assert capsys.readouterr().err.count("part-0/clip.mp4") == 1
     (tmp_path / "part-0" / "clip.mp4").write_bytes((tmp_path / "part-2" / "clip.mp4").read_bytes())
-    strict = load(listed)
+    strict, lenient = load(listed), load(listed, on_bad="skip")
     (tmp_path / "part-0" / "clip.mp4").write_bytes(b"overwritten")
-    with pytest.raises(UserError, match="part-0/clip.mp4"):
+    with pytest.raises(UserError, match="clips.jsonl:1: .*part-0/clip.mp4: not a readable video"):
         captions(strict, 4)
+    (tmp_path / "part-0" / "clip.mp4").unlink()
+    (tmp_path / "part-0" / "clip.mp4").symlink_to("clip.mp4")
+    with pytest.raises(UserError, match="clips.jsonl:1: .*part-0/clip.mp4: cannot be opened"):
+        captions(lenient, 4)
 
 
 def test_csv_lists_with_other_column_names(clips: Path) -> None:
@@ -198,7 +196,7 @@ def test_csv_lists_with_other_column_names(clips: Path) -> None:
         ("list.jsonl", "[", "list.jsonl:1: not a JSON"),
         ("list.csv", "path,text", "lists no clip"),
         ("list.csv", "path,text\na.mp4,one, two", "list.csv:2: 3 values for 2 columns; quote the caption"),
-        ("list.csv", "path,text\n\na.mp4", "list.csv:3: 1 values for 2 columns; add 'text'"),
+        ("list.csv", "path,text\n\na.mp4", "list.csv:3: only 1 of 2 columns; add 'text'"),
         ("list.csv", "vid;cap\na.mp4;x", "list.csv:2: no key path or video or image; values must be .* by commas"),
         (
             "list.csv",

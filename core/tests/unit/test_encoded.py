@@ -172,6 +172,8 @@ def test_folders_that_cannot_be_used_are_refused(folder: Path) -> None:
     refused("empty_text.safetensors: missing or damaged", text_drop=0.1)
     (folder / EMPTY_TEXT).unlink()
     refused("empty_text.safetensors: missing or damaged", text_drop=0.1)
+    write_empty_text(folder, {"other": torch.ones(2)})
+    refused("empty_text.safetensors: holds none of latents, text, pooled; remove it and run", text_drop=0.1)
     prepared(folder)
     (folder / INDEX).unlink()
     refused("is not finished; run the prepare command again")
@@ -192,14 +194,23 @@ def test_files_that_cannot_be_used_are_named_and_skipped_or_stop_the_run(tmp_pat
     whole = opened(on_bad="skip")
     (listed.parent / "1.pt").write_bytes(b"cut")
     torch.save({**sample(2), "text": torch.ones(5, WIDTH + 1)}, listed.parent / "2.pt")
-    with pytest.raises(UserError, match=r"files/1.pt: cannot be read \(data.on_bad=skip leaves such files out\)"):
+    with pytest.raises(
+        UserError, match=r"files/data.jsonl:2: .*files/1.pt: cannot be read \(data.on_bad=skip leaves such files out\)"
+    ):
         opened()
     found = opened(on_bad="skip")
     said = capsys.readouterr().err
     assert "2 of 9 files are skipped:" in said and "1.pt: cannot be read" in said and "2.pt: 'text' is" in said
-    assert [file.name for file in found.files] == [f"{i}.pt" for i in range(COUNT) if i not in (1, 2)]
+    assert [file.name for _, file in found.files] == [f"{i}.pt" for i in range(COUNT) if i not in (1, 2)]
     assert whole.read(1, 0) is None and whole.read(1, 0) is None
     assert capsys.readouterr().err.count("1.pt: cannot be read") == 1
+    (listed.parent / "2.pt").unlink()
+    (listed.parent / "2.pt").symlink_to("2.pt")  # root may read what has no permissions
+    for open_again in (lambda: opened(on_bad="skip"), lambda: whole.read(2, 0)):
+        with pytest.raises(
+            UserError, match=r"data.jsonl:3: .*2.pt: cannot be opened: Too many levels of symbolic links"
+        ):
+            open_again()
     for number in range(COUNT):
         (listed.parent / f"{number}.pt").unlink()
     with pytest.raises(UserError, match="none of its 9 files can be used"):

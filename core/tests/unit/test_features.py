@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,9 +10,11 @@ import pickle
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mindspeed_model_core.data import features
 from mindspeed_model_core.data.features import INDEX, SHARDS, FeatureSet, FeatureWriter, done, write_index
 from mindspeed_model_core.errors import UserError
 from torch import Tensor
@@ -95,11 +98,35 @@ def test_a_kill_loses_the_unfinished_shard_only_and_writing_goes_on(tmp_path: Pa
     assert (killed / INDEX).read_bytes() == (whole / INDEX).read_bytes()
 
 
-def test_leaving_by_an_error_writes_nothing_more(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), FeatureWriter(tmp_path) as writer:
+def test_leaving_by_an_error_keeps_whole_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), FeatureWriter(tmp_path) as writer:
         writer.add(key(0), sample(0))
-        raise RuntimeError
-    assert done(tmp_path) == set()
+        with pytest.raises(AttributeError):
+            writer.add(key(1), {"x": torch.ones(2), "y": None})  # type: ignore[dict-item]
+        raise KeyboardInterrupt
+    assert done(tmp_path) == {key(0)} and equal(FeatureSet(tmp_path).read(0), sample(0))
+
+    def full(draft: Path, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(features, "publish", full)
+    with pytest.raises(RuntimeError, match="first"), FeatureWriter(tmp_path) as writer:
+        writer.add(key(2), sample(2))
+        raise RuntimeError("first")
+    with pytest.raises(OSError, match="no space"), FeatureWriter(tmp_path) as writer:
+        writer.add(key(2), sample(2))
+
+
+def test_samples_are_not_held_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(features, "time", SimpleNamespace(monotonic=lambda: now))
+    writer = FeatureWriter(tmp_path, seconds=300)
+    kept = []
+    for number in range(6):
+        writer.add(key(number), sample(number))
+        kept.append(len(done(tmp_path)))
+        now += 149
+    assert kept == [0, 0, 0, 4, 4, 4]
 
 
 def test_equal_names_are_an_error(folder: Path) -> None:
@@ -159,7 +186,18 @@ def test_damaged_shards_are_named(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"version": 1}))
     with pytest.raises(UserError, match="index.json: not an index of features"):
         FeatureSet(folder)
+    (folder / INDEX).write_text("")
+    with pytest.raises(UserError, match="index.json: not valid JSON: .*; run the prepare command again"):
+        FeatureSet(folder)
     os.rename(folder / SHARDS, folder / "elsewhere")
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match="holds no features"):
         FeatureSet(folder)
+
+
+def test_a_reader_keeps_the_shards_open_that_it_used_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_HANDLES", 2)
+    found = FeatureSet(folder)
+    for number in [*range(10), 0, 9]:
+        assert equal(found.read(number), sample(number))
+        assert list(found._open)[-1] == found._samples[number][1] and len(found._open) <= 2

@@ -88,6 +88,21 @@ def test_time_stamps_that_are_rounded_or_uneven_do_not_shift_the_choice(tmp_path
     assert numbers(read_frames(path, 6, fps=4, size=(H, W), offset=0.0)) == [0, 6, 11, 11, 12, 18]
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts"])
+def test_time_stamps_need_not_begin_at_zero(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"late.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("h264", rate=20)
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        for i, frame in enumerate(counting(20)):
+            picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+            picture.pts = 100 + i
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    assert probe(path).frames == 20
+    assert numbers(read_frames(path, 20, fps=20, size=(H, W))) == list(range(20))
+
+
 def test_the_last_frame_and_not_one_more_can_be_had(clip: Path) -> None:
     assert probe(clip).length(24) == 49 and probe(clip).length(16) == 33
     assert numbers(read_frames(clip, 33, fps=16, size=(H, W)))[-1] == 48

@@ -131,10 +131,12 @@ def test_a_kill_loses_and_doubles_nothing(clips: Path, whole: Path, tmp_path: Pa
 class Job:
     """A launcher of two ranks, forked from this process, where torch is imported already."""
 
-    def __init__(self, clips: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop") -> None:
+    def __init__(
+        self, clips: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop", shard_bytes: int = 12_000
+    ) -> None:
         script = Path(__file__).with_name("toy_prepare.py")
         command = [sys.executable, str(script), "prepare", str(clips), str(folder)]
-        command += ["--pause", str(pause), "--on-bad", on_bad]
+        command += ["--pause", str(pause), "--on-bad", on_bad, "--shard-bytes", str(shard_bytes)]
         self.errors = folder.parent / "errors"
         self.process = multiprocessing.get_context("fork").Process(target=self.launch, args=(command,))
         self.process.start()
@@ -172,7 +174,9 @@ def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tm
         os.kill(pid, signal.SIGKILL)
     why = "rank 1 was killed (SIGKILL: by hand, or the machine ran out of memory); the other ranks were stopped"
     ends = {"worker": (128 + signal.SIGKILL, f"error: {why}\n")}
-    assert job.wait() == ends.get(victim, (-signal.SIGKILL, ""))
+    status, said = job.wait()
+    kept = rf"{folder}: stopped at \d+ of 40 clips; they are kept, the same command goes on from there\n"
+    assert (status, re.sub(kept, "", said)) == ends.get(victim, (-signal.SIGKILL, ""))
     kept = {path: path.read_bytes() for path in (folder / SHARDS).glob("*.safetensors")}
     had = features.done(folder)
     assert len(kept) >= 2 and 2 <= len(had) < LINES and not (folder / INDEX).exists()
@@ -190,6 +194,61 @@ def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tm
     assert FeatureSet(folder).keys == [f"{i + 1:08d}-clip" for i in range(LINES)]
     assert contents(folder) == contents(whole) and unplaced(folder) == unplaced(whole)
     assert not [path for path in folder.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_stopped_keeps_what_it_encoded(
+    number: signal.Signals, clips: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    job = Job(clips, folder, pause=0.3, shard_bytes=10**9)
+    wait_for(lambda: (tmp_path / "encoded0").exists() and (tmp_path / "encoded1").exists())
+    os.kill(job.process.pid or 0, number)
+    status, said = job.wait()
+    told = re.fullmatch(rf"{folder}: stopped at (\d+) of 40 clips; they are kept, .*\n", said)
+    kept = len(features.done(folder))
+    # The other rank may have ended its clip as the first spoke.
+    assert status == 128 + number and told and 2 <= int(told[1]) <= kept <= int(told[1]) + 1
+    assert not (folder / INDEX).exists() and f"; {kept} were there; 40 in all" in run(clips, folder)
+    assert contents(folder) == contents(whole)
+
+
+def test_a_bad_file_stops_all_ranks_and_they_keep_what_they_encoded(clips: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    shutil.copytree(clips.parent, tmp_path / "clips")
+    job = Job(tmp_path / "clips" / "clips.jsonl", folder, pause=0.3, shard_bytes=10**9)
+    wait_for(lambda: (tmp_path / "encoded0").exists() and (tmp_path / "encoded1").exists())
+    (tmp_path / "clips" / "part-4" / "clip.mp4").write_bytes(b"overwritten")
+    status, said = job.wait()
+    *_, last = said.splitlines()
+    assert status == 2 and re.match(r"error: .*/clips.jsonl:\d+: .*part-4/clip.mp4: not a readable video", last)
+    assert len(features.done(folder)) >= 2
+
+
+def test_a_process_alone_keeps_what_it_encoded_and_says_so(
+    clips: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    seen = []
+
+    def interrupted(item: Any, bucket: Any, fps: float) -> Any:
+        if item.line == 9:
+            seen.append(os.getpid())
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(item, bucket, fps)
+
+    read = module.read_clip
+    monkeypatch.setattr(module, "read_clip", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run(clips, tmp_path / "features")
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    kept = len(features.done(tmp_path / "features"))
+    assert 5 < kept < 10
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'features'}: stopped at {kept} of 40 clips; they are kept, the same command goes on from there\n"
+    )
+    monkeypatch.undo()
+    run(clips, tmp_path / "features")
+    assert contents(tmp_path / "features") == contents(whole) and seen
 
 
 def test_a_kill_before_the_first_settings_leaves_a_folder_to_go_on_with(
@@ -221,6 +280,7 @@ def test_every_rank_keeps_other_jobs_out(left: int, clips: Path, tmp_path: Path)
     wait_for(lambda: any((folder / SHARDS).glob(f"rank-{left}-*")))
     workers = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
     os.kill(workers[left], signal.SIGSTOP)
+    wait_for(lambda: ") T " in Path(f"/proc/{workers[left]}/stat").read_text())
     for pid in (workers[1 - left], job.process.pid or 0):
         os.kill(pid, signal.SIGKILL)
     job.wait()
@@ -244,7 +304,7 @@ def test_bad_files_are_named_and_skipped_or_stop_the_run(clips: Path, tmp_path: 
     cut.write_bytes((clips.parent / "part-0" / "clip.mp4").read_bytes()[:900])
     rows = [str(clips.parent / "part-0" / "clip.mp4"), str(cut), str(tmp_path / "missing.png")]
     listed.write_text("".join(json.dumps({"video": row, "caption": "x"}) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"cut.mp4: .*\(--on-bad skip leaves such files out\)"):
+    with pytest.raises(UserError, match=r"some.jsonl:2: .*cut.mp4: .*\(--on-bad skip leaves such files out\)"):
         run(listed, tmp_path / "stopped")
     line = run(listed, tmp_path / "skipped", skipping())
     assert "1 clips encoded" in line and "2 bad files skipped; 1 in all" in line
@@ -361,3 +421,62 @@ def test_ranks_with_other_lists_are_refused(clips: Path, tmp_path: Path) -> None
         (tmp_path / str(host) / "clips.jsonl").write_text(clips.read_text().replace("line", word))
     status, said = Job(tmp_path / "{rank}" / "clips.jsonl", tmp_path / "features").wait()
     assert status == 2 and re.fullmatch(r"error: the list of clips: is \w+ on rank 1 and \w+ on rank 0; .*\n", said)
+
+
+def test_a_destination_that_cannot_be_is_refused(clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere/at/all")
+    for folder in (tmp_path / "file" / "features", tmp_path / "dangling", Path("/proc/features")):
+        with pytest.raises(UserError, match=rf"^{folder}: no folder can be made there \(.*\); name another$"):
+            run(clips, folder)
+
+
+def test_a_list_of_which_nothing_can_be_used_is_an_error(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "clips.jsonl").write_text('{"video": "gone.mp4", "caption": "x"}\n' * 2)
+    with pytest.raises(UserError, match="features: none of the 2 clips can be used"):
+        run(tmp_path / "clips.jsonl", tmp_path / "features", skipping())
+    assert capsys.readouterr().err.count("skipped: ") == 2 and not (tmp_path / "features" / INDEX).exists()
+
+
+def test_files_have_the_permissions_of_new_files(clips: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run(clips, tmp_path / "features")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "features").rglob("*") if path.is_file()}
+    assert len(modes) > 3 and set(modes.values()) == {0o640}, modes
+
+
+def test_progress_is_told_where_there_is_no_terminal(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run(clips, tmp_path / "quick")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "_EVERY", 0.0)
+    run(clips, tmp_path / "slow")
+    lines = capsys.readouterr().err.splitlines()
+    form = rf"{tmp_path / 'slow'}: (\d+) of 40 clips, [\d.]+ clips/s, \d:\d\d:\d\d left"
+    assert [int(match[1]) for line in lines if (match := re.fullmatch(form, line))] == list(range(1, LINES + 1))
+
+
+def test_damaged_settings_are_told_with_what_to_do(clips: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "made")
+    (tmp_path / "made" / SETTINGS).write_text("")
+    with pytest.raises(UserError, match="settings.json: not valid JSON: .*; put it back from a copy, or name a new"):
+        run(clips, tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frames": (5, 0)}, "--frames=0: Input should be greater than 0"),
+        ({"frames": (80,)}, "--frames: 80 is not 4n + 1; try 81"),
+        ({"height": 33}, "--height=33: must be a multiple of 16; try 32"),
+        ({"ratios": ("16/9",)}, "--ratio: '16/9' is not width:height; write 16:9"),
+        ({"on_bad": "stay"}, "--on-bad='stay': Input should be 'stop' or 'skip'; did you mean 'stop'?"),
+    ],
+)
+def test_impossible_options_are_named_as_options(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        module.from_options(type(DATA), values)

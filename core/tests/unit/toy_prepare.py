@@ -20,7 +20,7 @@ from torch import Tensor
 class Videos(ClipData):
     stride: ClassVar[int] = 16
     frame_stride: ClassVar[int] = 4
-    encoder_parts: ClassVar[tuple[str, ...]] = ("vae",)
+    encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     height: PositiveInt = 32
     width: PositiveInt = 48
     frames: tuple[PositiveInt, ...] = (1, 5, 9)
@@ -40,10 +40,23 @@ def encode(item: Item, frames: Tensor) -> dict[str, Tensor]:
     return {"latents": frames.float().unflatten(3, (-1, 8)).mean((0, 4)) / 7, "text": words(item.caption)}
 
 
-def run(listed: Path, folder: Path, data: ClipData = DATA, *, pause: float = 0.0, **settings: Any) -> str:
-    """Prepare in this process; ``pause`` are seconds that encoding takes."""
+def run(
+    listed: Path,
+    folder: Path,
+    data: ClipData = DATA,
+    *,
+    pause: float = 0.0,
+    shard_bytes: int = 12_000,
+    **settings: Any,
+) -> str:
+    """Prepare in this process; ``pause`` are seconds that encoding takes, and a rank leaves a sign of its first."""
+
+    seen: list[Item] = []
 
     def slowly(item: Item, frames: Tensor) -> dict[str, Tensor]:
+        if seen and "RANK" in os.environ:
+            (folder.parent / f"encoded{os.environ['RANK']}").touch()
+        seen.append(item)
         time.sleep(pause)
         return encode(item, frames)
 
@@ -54,7 +67,7 @@ def run(listed: Path, folder: Path, data: ClipData = DATA, *, pause: float = 0.0
         slowly,
         empty_text=lambda: {"text": words(" ")},
         settings={"encoders": "toy", **settings},
-        shard_bytes=12_000,
+        shard_bytes=shard_bytes,
     )
 
 
@@ -66,12 +79,12 @@ def options() -> None: ...
 
 
 @app.command("prepare")
-def command(listed: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop") -> None:
+def command(listed: Path, folder: Path, pause: float = 0.0, on_bad: str = "stop", shard_bytes: int = 12_000) -> None:
     """Prepare; a rank may have a list of its own, as on a host of its own."""
     rank = os.environ["RANK"]
     (folder.parent / f"pid{rank}").write_text(str(os.getpid()))
     data = Videos(on_bad=on_bad)  # type: ignore[arg-type]
-    line = run(Path(str(listed).format(rank=rank)), folder, data, pause=pause)
+    line = run(Path(str(listed).format(rank=rank)), folder, data, pause=pause, shard_bytes=shard_bytes)
     if line:
         (folder.parent / "said").write_text(line)
 

@@ -16,7 +16,7 @@ from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe, validate
 from mindspeed_model_core.testing.clips import drawn, equal, write_clips
 from mindspeed_model_wan21.config import PRESETS, Wan21Config
-from mindspeed_model_wan21.data import WanData, open_data, synthetic_data
+from mindspeed_model_wan21.data import WanData, _check_shapes, open_data, synthetic_data
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -106,15 +106,19 @@ def test_a_dropped_text_is_the_empty_prompts_embedding(tmp_path: Path) -> None:
     assert seen == {True, False}
 
 
-def write_incumbents(folder: Path, wrapped: bool) -> Path:
-    """Write features as MindSpeed-MM does: some tensors with a batch dim, some lists of one."""
+def write_incumbents(folder: Path, wrapped: bool, last: bool = False) -> Path:
+    """Write features as MindSpeed-MM does: some tensors with a batch dim, some lists of one; also with a last frame."""
     (folder / "features").mkdir()
     for number in range(4):
         sample = features(number)
-        text = torch.zeros(512, 32)
+        text = torch.full((512, 32), 9.0)  # its encoder embeds the padding too
         text[: number + 2] = sample["text"].float()
         mask = (torch.arange(512) < number + 2).long()
-        condition = torch.cat((torch.ones(4, *sample["latents"].shape[1:]), sample["condition"]))
+        given = torch.zeros(4, *sample["latents"].shape[1:])
+        given[:, 0] = 1
+        if last:
+            given[-1, -1] = 1
+        condition = torch.cat((given, sample["condition"]))
         held: dict[str, Any] = {
             "video": sample["latents"],
             "prompt_ids": text,
@@ -148,6 +152,29 @@ def test_mindspeed_mm_features_are_read(tmp_path: Path, wrapped: bool) -> None:
         assert torch.equal(seen[number]["image"], want["image"])
         assert torch.equal(seen[number]["condition"], want["condition"])
         assert torch.equal(seen[number]["text"][: number + 2], want["text"].float())
+
+
+def test_mindspeed_mm_features_of_another_kind_are_refused(tmp_path: Path) -> None:
+    both = I2V.model_copy(update={"pos_embed_seq_len": 10})
+    for last in (False, True):
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        write_incumbents(folder, True, last)
+        right, wrong = (both.model_copy(update={"pos_embed_seq_len": 5}), I2V) if last else (I2V, both)
+        open_data(recipe(folder), right, 0, 1)
+        with pytest.raises(
+            UserError, match=f"clip_0.pt: its mask .* is not that of conditioning '{wrong.conditioning}'"
+        ):
+            open_data(recipe(folder), wrong, 0, 1)
+    with pytest.raises(UserError, match="'image' has 5 tokens, the network takes 10: its conditioning is 'first-last'"):
+        open_data(recipe(folder), both, 0, 1)
+    published = I2V.model_copy(update={"image_dim": 1280})
+    shapes = {"latents": (16, 2, 4, 6), "text": (3, 32), "image": (514, 1280), "condition": (16, 2, 4, 6)}
+    with pytest.raises(UserError, match="x: 'image' has 514 tokens, the network takes 257"):
+        _check_shapes(published, "x", shapes)
+    _check_shapes(published, "x", {**shapes, "image": (257, 1280)})
+    with pytest.raises(UserError, match=r"x: 'latents' is \[16, 2, 5, 6\], .* in multiples of \[1, 2, 2\]"):
+        _check_shapes(T2V, "x", {**shapes, "latents": (16, 2, 5, 6)})
 
 
 class Evil:

@@ -20,7 +20,7 @@ from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing.clips import PHOTOS, equal, write_clips
 from mindspeed_model_wan21.data import WanData
 from mindspeed_model_wan21.encoders import Encoders, fingerprint
-from mindspeed_model_wan21.prepare import prepare
+from mindspeed_model_wan21.prepare import prepare, prepare_command
 from mindspeed_model_wan21.tiny import write_tiny_encoders
 
 SHAPES = [(5, 32, 48), (7, 48, 32), (5, 64, 96), (6, 40, 60), (9, 32, 48), (5, 48, 32)]
@@ -130,4 +130,10 @@ def test_what_does_not_go_together_is_refused(clips: Path, encoders: Path, whole
         data=still,
         destination=tmp_path / "new",
     )
+    refused("^--encoders=.*nowhere: no vae/ there", encoders=tmp_path / "nowhere", conditioning="none")
     assert not (tmp_path / "new").exists()
+    options = {"source": clips, "destination": tmp_path / "new", "encoders": encoders}
+    with pytest.raises(UserError, match="^--conditioning=frist: no such choice; did you mean 'first'"):
+        prepare_command(**options, conditioning="frist")
+    with pytest.raises(UserError, match="^--frames: 80 is not"):
+        prepare_command(**options, frames=[80])

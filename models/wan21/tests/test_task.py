@@ -9,8 +9,9 @@ import pytest
 import torch
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_wan21 import MODEL
+from mindspeed_model_wan21.data import given_mask
 from mindspeed_model_wan21.encoders import Encoders
-from mindspeed_model_wan21.task import FlowMatching, Wan21Recipe, forward_flops, given_mask
+from mindspeed_model_wan21.task import FlowMatching, Wan21Recipe, forward_flops
 from mindspeed_model_wan21.tiny import write_tiny_encoders
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from .. import launch
 from ..errors import UserError
+from ..frozen import has_parts
 from ..recipe import Recipe, Section, local
 from ..trunk import Batch
 from .buckets import Bucket, BucketSource, aspect_buckets, fit
 from .features import INDEX
-from .media import Item, read_frames, read_list
+from .media import Denied, Item, read_frames, read_list
 from .ranks import agree, spread
 from .slots import CONTENT, SlotLoader
 
@@ -118,7 +120,7 @@ class PictureData(Section):
         if self.encoders is not None:
             return self.encoders
         for folder in (Path(init_from), Path(init_from).absolute().parent) if init_from else ():
-            if all((folder.expanduser() / part).is_dir() for part in self.encoder_parts):
+            if has_parts(folder, self.encoder_parts):
                 return str(folder)
         where = f"init_from={init_from} holds none" if init_from else "this field is required without init_from"
         parts = ", ".join(f"{part}/" for part in self.encoder_parts)
@@ -259,7 +261,9 @@ class BadFiles:
         return len(self.reasons)
 
     def add(self, error: UserError) -> None:
-        """Take note of a file; UserError if it is to stop the run."""
+        """Take note of a file; UserError if it is to stop the run, as one that the system keeps from us always does."""
+        if isinstance(error, Denied):
+            raise error
         if self.on_bad == "stop":
             raise UserError(f"{error} ({self.remedy} leaves such files out)")
         self.reasons[str(error)] = None
@@ -285,7 +289,8 @@ def usable(items: Sequence[Item], data: PictureData, bad: BadFiles) -> list[tupl
     """Return the items of a list that fit a bucket, each with it, the same on all ranks; the others go to ``bad``."""
 
     def look(item: Item) -> Bucket:
-        return fit(item.path, data.sizes, data.lengths, data.rate)
+        with naming(item.where):
+            return fit(item.path, data.sizes, data.lengths, data.rate)
 
     found = []
     for item, bucket in zip(items, spread(look, items), strict=True):
@@ -298,7 +303,17 @@ def usable(items: Sequence[Item], data: PictureData, bad: BadFiles) -> list[tupl
 
 def read_clip(item: Item, bucket: Bucket, fps: float) -> Tensor:
     """Return a clip's frames in its bucket's shape, uint8 ``[F, 3, H, W]``: from its middle, at ``fps``."""
-    return read_frames(item.path, bucket.frames, fps=fps, size=(bucket.height, bucket.width))
+    with naming(item.where):
+        return read_frames(item.path, bucket.frames, fps=fps, size=(bucket.height, bucket.width))
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say of a mistake inside where in a list its cause is."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 class Clips:

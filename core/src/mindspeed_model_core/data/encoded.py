@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..tensorfile import publish
+from ..tensorfile import publish, save_tensors
 from ..trunk import Batch
-from .clips import BadFiles, PictureData, Sample, content, drops_text
+from .clips import BadFiles, PictureData, Sample, content, drops_text, naming
 from .features import INDEX, FeatureSet, Shape
+from .media import check_file
 from .ranks import spread
 
 EMPTY_TEXT = "empty_text.safetensors"
@@ -38,7 +39,8 @@ def open_prepared(folder: Path) -> FeatureSet:
 class PreparedFeatures:
     """Reads the tensors ``names`` of a prepared folder's samples; ``key`` names the one whose shape is the bucket.
 
-    A sample that goes without its text has, for those of its tensors that ``EMPTY_TEXT`` holds, these.
+    A sample that goes without its text has, for those of its tensors that ``EMPTY_TEXT`` holds, these. A damaged shard
+    is no bad sample but a damaged folder: ``data.on_bad`` does not leave it out.
     """
 
     def __init__(
@@ -53,6 +55,11 @@ class PreparedFeatures:
     ) -> None:
         self.features, self.names, self.collate, self.text_drop = features, names, collate, data.text_drop
         self.empty = read_empty_text(features.folder) if data.text_drop else {}
+        if data.text_drop and not set(names) & set(self.empty):
+            raise UserError(
+                f"{features.folder / EMPTY_TEXT}: holds none of {', '.join(names)}; "
+                "remove it and run the prepare command again"
+            )
         self.keys: list[Shape] = []
         for number, sample in enumerate(features.keys):
             shapes = features.shapes(number)
@@ -71,7 +78,8 @@ class PreparedFeatures:
 class FeatureFiles:
     """Reads a .jsonl list whose lines name, under ``file``, a file of features that ``load`` reads.
 
-    ``load`` raises UserError for a file that cannot be used. Such files have no embedding of the empty text.
+    ``load`` is given files that can be opened, and raises UserError for one that cannot be used. Such files have no
+    embedding of the empty text.
     """
 
     def __init__(
@@ -91,21 +99,24 @@ class FeatureFiles:
             )
         self.load, self.collate = load, collate
         self.bad = BadFiles(data.on_bad)
-        self.files: list[Path] = []
+        self.files: list[tuple[str, Path]] = []
         self.keys: list[Shape] = []
         facts = content(path)
         files = _listed(path)
 
-        def look(file: Path) -> Shape:
-            shapes = {name: tuple(tensor.shape) for name, tensor in load(file).items()}
-            check(str(file), shapes)
+        def look(listed: tuple[str, Path]) -> Shape:
+            where, file = listed
+            with naming(where):
+                check_file(file)
+                shapes = {name: tuple(tensor.shape) for name, tensor in load(file).items()}
+                check(str(file), shapes)
             return shapes[key]
 
-        for file, found in zip(files, spread(look, files), strict=True):
+        for listed, found in zip(files, spread(look, files), strict=True):
             if isinstance(found, UserError):
                 self.bad.add(found)
             else:
-                self.files.append(file)
+                self.files.append(listed)
                 self.keys.append(found)
         self.bad.report(len(files))
         if not self.files:
@@ -114,8 +125,11 @@ class FeatureFiles:
 
     def read(self, index: int, seed: int) -> Sample | None:
         """Return a file's features, or None if it is bad."""
+        where, file = self.files[index]
         try:
-            return {**self.load(self.files[index]), "seed": seed}
+            with naming(where):
+                check_file(file)
+                return {**self.load(file), "seed": seed}
         except UserError as error:
             self.bad.found_late(error)
             return None
@@ -145,24 +159,25 @@ def read_empty_text(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(folder / EMPTY_TEXT)
     except (OSError, SafetensorError):
-        raise UserError(f"{folder / EMPTY_TEXT}: missing or damaged; run the prepare command again") from None
+        raise UserError(
+            f"{folder / EMPTY_TEXT}: missing or damaged; remove it and run the prepare command again"
+        ) from None
 
 
 def write_empty_text(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write what the empty caption was encoded to."""
-    from safetensors.torch import save_file
-
     draft = folder / f".{EMPTY_TEXT}.tmp"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, draft)
+    save_tensors(draft, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     publish(draft, folder / EMPTY_TEXT)
 
 
-def _listed(path: Path) -> list[Path]:
+def _listed(path: Path) -> list[tuple[str, Path]]:
+    """Return the files that a list names, each after the line that names it."""
     files = []
     for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if text.strip():
             try:
-                files.append(path.parent / json.loads(text)["file"])
+                files.append((f"{path}:{line}", path.parent / json.loads(text)["file"]))
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{line}: not a JSON object with the key 'file'") from None
     return files

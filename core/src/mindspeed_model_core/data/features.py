@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
-from ..tensorfile import publish, read_json
+from ..tensorfile import publish, read_json, save_tensors
 
 INDEX = "index.json"
 SHARDS = "shards"
@@ -26,21 +27,23 @@ Shape = tuple[int, ...]
 class FeatureWriter:
     """Adds samples to a folder; what a shard holds appears at once, complete and on disk, or not at all.
 
-    Samples are held until they make ``shard_bytes``; then they become ``shards/<name>-<number>.safetensors``, numbered
-    on from what is there. A killed process loses the samples it held and nothing else. Processes that write at the same
-    time have different names. Use as a context manager; leaving it by an exception drops what is held.
+    Samples are held until they make ``shard_bytes``, or the first of them has been held for ``seconds``; then they
+    become ``shards/<name>-<number>.safetensors``, numbered on from what is there. A killed process loses the samples it
+    held and nothing else. Processes that write at the same time have different names. Use as a context manager; leaving
+    it by an exception, too, writes what is held, which are whole samples.
     """
 
-    def __init__(self, folder: str | Path, name: str = "rank-0", *, shard_bytes: int = 512 * 2**20) -> None:
+    def __init__(
+        self, folder: str | Path, name: str = "rank-0", *, shard_bytes: int = 512 * 2**20, seconds: float = 300
+    ) -> None:
         self.folder = Path(folder) / SHARDS
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.name, self.shard_bytes = name, shard_bytes
+        self.name, self.shard_bytes, self.seconds = name, shard_bytes, seconds
         self.keys = done(folder)
         taken = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"{name}-*.safetensors")]
         self.number = max(taken, default=-1) + 1
-        self._held: dict[str, Tensor] = {}
-        self._held_keys: list[str] = []
-        self._size = 0
+        self._held: dict[str, dict[str, Tensor]] = {}
+        self._size, self._since = 0, 0.0
 
     def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Take one sample; UserError if the folder has ``key`` already."""
@@ -48,27 +51,29 @@ class FeatureWriter:
             raise ValueError(f"{key!r}: a key is not empty and has no '/'")
         if key in self.keys:
             raise UserError(f"{self.folder.parent}: {key}: is there already; keys must differ")
+        # Copies: the caller may go on to use the memory, and a view would keep all of it.
+        copies = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        if not self._held:
+            self._since = time.monotonic()
         self.keys.add(key)
-        for name, tensor in tensors.items():
-            # A copy: the caller may go on to use the memory, and a view would keep all of it.
-            self._held[f"{key}/{name}"] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            self._size += tensor.nbytes
-        self._held_keys.append(key)
-        if self._size >= self.shard_bytes:
+        self._held[key] = copies  # at once: a signal finds whole samples
+        self._size += sum(tensor.nbytes for tensor in copies.values())
+        if self._size >= self.shard_bytes or time.monotonic() - self._since >= self.seconds:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held as a shard, and return when it is on disk."""
-        if not self._held_keys:
+        if not self._held:
             return
-        from safetensors.torch import save_file
-
         path = self.folder / f"{self.name}-{self.number:05d}.safetensors"
         draft = path.with_name(f".{path.name}.tmp")
-        save_file(self._held, draft, metadata={"keys": json.dumps(self._held_keys)})
+        tensors = {f"{key}/{name}": tensor for key, sample in self._held.items() for name, tensor in sample.items()}
+        save_tensors(draft, tensors, {"keys": json.dumps(list(self._held))})
         publish(draft, path)
+        self._held, self._size = {}, 0
         self.number += 1
-        self._held, self._held_keys, self._size = {}, [], 0
 
     def close(self) -> None:
         """Write what is still held."""
@@ -78,8 +83,11 @@ class FeatureWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        if kind is None:
+        try:
             self.close()
+        except Exception:
+            if kind is None:  # else what ended the block says more
+                raise
 
 
 def done(folder: str | Path) -> set[str]:
@@ -178,7 +186,10 @@ class FeatureSet:
         return self._open[shard]
 
     def _read_index(self, path: Path) -> None:
-        value = read_json(path)
+        try:
+            value = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; run the prepare command again") from None
         try:
             sizes = {str(shard["file"]): int(shard["bytes"]) for shard in value["shards"]}
             self._shards = list(sizes)
@@ -186,7 +197,7 @@ class FeatureSet:
             self._samples = [(key, shard, kind) for key, (shard, kind) in value["samples"].items()]
             self.meta = dict(value["meta"])
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: not an index of features; finish writing the folder again") from None
+            raise UserError(f"{path}: not an index of features; run the prepare command again") from None
         for name, size in sizes.items():
             shard = self.folder / SHARDS / name
             there = shard.stat().st_size if shard.is_file() else None

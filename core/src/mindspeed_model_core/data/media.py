@@ -30,6 +30,10 @@ _FILES = ("path", "video", "image")
 _CAPTIONS = ("text", "caption", "prompt")
 
 
+class Denied(UserError):
+    """A file that the system does not let be read, which is no fault of the file: it is never left out."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """A video or image as it is shown: upright, with square pixels; an image is one frame at 0 fps."""
@@ -73,7 +77,7 @@ def read_list(path: str | Path) -> list[Item]:
         raise UserError(f"{path}: is a folder; a list of clips is a .jsonl or .csv file")
     if path.suffix not in (".csv", ".jsonl"):
         raise UserError(f"{path}: a list of clips is a .jsonl or .csv file, not {path.suffix or 'a nameless one'}")
-    _exists(path)
+    check_file(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             items = [
@@ -100,9 +104,7 @@ def _csv(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             if values and len(values) < len(columns):
                 missing = ", ".join(map(repr, columns[len(values) :]))
-                raise UserError(
-                    f"{path}:{rows.line_num}: {len(values)} values for {len(columns)} columns; add {missing}"
-                )
+                raise UserError(f"{path}:{rows.line_num}: only {len(values)} of {len(columns)} columns; add {missing}")
             if values:
                 yield rows.line_num, dict(zip(columns, values, strict=True))
     except csv.Error as error:
@@ -138,6 +140,17 @@ def _column(where: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
     return next(iter(given.values()))
 
 
+def check_file(path: Path) -> None:
+    """Raise UserError for a file that is not there, Denied for one that cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise Denied(f"{path}: cannot be opened: {error.strerror}; make it readable") from None
+
+
 def is_image(path: str | Path) -> bool:
     """Return whether a file's name is an image's; of an animated one the first picture counts."""
     return Path(path).suffix.lower() in IMAGES
@@ -146,7 +159,7 @@ def is_image(path: str | Path) -> bool:
 def probe(path: str | Path) -> Clip:
     """Return what a file holds, from its header and, for a video, its first frame, which alone knows the rotation.
 
-    Raises UserError for a file that is missing or neither a video nor an image.
+    Raises UserError for a file that is missing or neither a video nor an image, ``Denied`` if it cannot be opened.
     """
     path = Path(path)
     if is_image(path):
@@ -174,7 +187,7 @@ def read_frames(
 
     ``fps`` None is the file's own rate; ``offset`` None takes the middle of the clip. ``size`` is (height, width): a
     frame is scaled until it covers that, keeping its aspect, and cropped at the centre. Frames are chosen by their time
-    stamps while decoding; only those chosen are kept. Raises UserError for a file that is damaged or too short.
+    stamps while decoding; only those chosen are kept. Raises as ``probe`` does, and for a file damaged or too short.
     """
     path = Path(path)
     if is_image(path):
@@ -299,7 +312,7 @@ def _video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a video's container and first video stream; what goes wrong inside is the file's fault."""
     import av
 
-    _exists(path)
+    check_file(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -313,7 +326,7 @@ def _video(path: Path) -> Iterator[tuple[Any, Any]]:
 def _image(path: Path) -> Iterator[Any]:
     from PIL import Image
 
-    _exists(path)
+    check_file(path)
     try:
         with Image.open(path) as image:
             yield image
@@ -321,11 +334,6 @@ def _image(path: Path) -> Iterator[Any]:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({_reason(error)}); it is damaged or truncated") from None
-
-
-def _exists(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
 
 
 def _reason(error: Exception) -> str:
@@ -342,7 +350,7 @@ def _seconds(container: Any, stream: Any) -> float:
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if container.duration:
-        return container.duration / 1e6
+        return container.duration / 1e6 - _start(stream)  # a container's, as Matroska's, counts from 0
     ends = [(p.pts + (p.duration or 0)) * stream.time_base for p in container.demux(stream) if p.pts is not None]
     container.seek(0)
     return float(max(ends, default=Fraction(0))) - _start(stream)

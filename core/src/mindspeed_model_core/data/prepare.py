@@ -7,13 +7,15 @@ import fcntl
 import hashlib
 import os
 import re
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
+from ..recipe import validate
 from ..tensorfile import publish, read_json, write_json
 from .buckets import Bucket
 from .clips import BadFiles, PictureData, read_clip, usable
@@ -35,14 +38,29 @@ SETTINGS = "settings.json"
 """The file of a prepared folder that says what its samples are made with, and from which list."""
 
 _DRAFT = f".{SETTINGS}.tmp"
+_EVERY = 30.0  # seconds between lines that say how far a job is
 _AHEAD = 2  # clips decoded while one is encoded
 _WAIT = datetime.timedelta(days=7)  # a rank may wait this long for the last clip of another
 _DYING = 5.0  # seconds in which the ranks of a launcher that was killed end
 _MARK = 8  # hex digits that stand for a line of the list
+GRACE = 60.0
+"""Seconds that ranks should have to write what they hold when another ends; see ``launch.spawn``."""
+
 _SKIP = "--on-bad skip"
 
+D = TypeVar("D", bound=PictureData)
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def from_options(kind: type[D], values: Mapping[str, Any]) -> D:
+    """Return the data section of a command's options, which have its fields' names; a mistake names the option."""
+    try:
+        return validate(kind, dict(values), "")
+    except UserError as error:
+        field, said = re.fullmatch(r": (\w+)(?:\.\d+)?(.*)", str(error)).groups()  # type: ignore[union-attr]
+        name = "ratio" if field == "ratios" else field.replace("_", "-")
+        raise UserError(f"--{name}{said}") from None
 
 
 class Job:
@@ -85,7 +103,9 @@ def prepare(
     its frames, uint8 ``[F, 3, H, W]`` in the shape of its bucket; ``empty_text`` those of them that an empty caption
     replaces. ``settings``, which are JSON, and the shapes of ``data`` are what a folder is made with. Raises UserError
     for a folder that holds something else, was made with other settings or from another list, or is being written to
-    by another job, and for a bad file unless ``data`` skips those.
+    by another job, for a bad file unless ``data`` skips those, and for a list of which nothing can be used. A job that
+    ends early, by an error, SIGTERM or SIGINT, keeps all that it encoded; one that is killed, all but what the last
+    five minutes made.
     """
     settings = {**settings, **data.shapes}
     with closing(Job()) as job:
@@ -112,11 +132,13 @@ def prepare(
             reasons = [*bad.reasons, *(reason for each in gather(late) for reason in each)]
             if job.rank != 0:
                 return ""
+            for reason in reasons:
+                print(f"skipped: {reason}", file=sys.stderr)
             total = len(done(destination))
+            if not total:
+                raise UserError(f"{destination}: none of the {len(items)} clips can be used")
             encoded = total - len(have)
             write_index(destination, {**settings, "samples": total, "skipped": len(reasons)})
-    for reason in reasons:
-        print(f"skipped: {reason}", file=sys.stderr)
     seconds = time.monotonic() - begun
     speed = f", {encoded / seconds:.2f} clips/s" if encoded else ""
     before = f"; {len(have)} were there" if have else ""
@@ -146,7 +168,11 @@ def _encode(
             return clip[0], error
 
     bad = BadFiles(data.on_bad, _SKIP)
-    with FeatureWriter(destination, f"rank-{job.rank}", shard_bytes=shard_bytes) as writer:
+    with (
+        _telling(job, destination, len(clips)),
+        _stoppable(),
+        FeatureWriter(destination, f"rank-{job.rank}", shard_bytes=shard_bytes) as writer,
+    ):
         for item, frames in _ahead(mine(), read):
             if isinstance(frames, UserError):
                 bad.add(frames)
@@ -158,9 +184,44 @@ def _encode(
     return list(bad.reasons)
 
 
+@contextmanager
+def _telling(job: Job, folder: Path, total: int) -> Iterator[None]:
+    """On the first rank, say of a job that ends early that its work is kept."""
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # a launcher that was killed takes the counters with it
+            if job.rank == 0:
+                count = f"{job.count('done', 0)} of {total} clips"
+                print(
+                    f"{folder}: stopped at {count}; they are kept, the same command goes on from there", file=sys.stderr
+                )
+        raise
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the first SIGTERM or SIGINT end a block by an exception, and no other disturb it on its way out."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # not in the main thread: the caller's handlers stay
+        before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _ahead(given: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
     """Yield ``function`` of each in order, working ahead in a thread."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         waiting: deque[Future[R]] = deque()
         for each in given:
             waiting.append(pool.submit(function, each))
@@ -168,6 +229,8 @@ def _ahead(given: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a job that is stopped has held samples to write first
 
 
 def _key(item: Item) -> str:
@@ -182,14 +245,20 @@ def _begin(folder: Path) -> None:
         ours = folder.is_dir() and {path.name for path in folder.iterdir()} <= {SHARDS, _DRAFT}
         if not ours or (shards.exists() and (not shards.is_dir() or any(shards.iterdir()))):
             raise UserError(f"{folder}: exists and is not a prepared folder; name a new one")
-    shards.mkdir(parents=True, exist_ok=True)
+    try:
+        shards.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: no folder can be made there ({error.strerror}); name another") from None
 
 
 def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
     """Write down what a folder is made with, or check that it is the same; lines may be added at the list's end."""
     path = folder / SETTINGS
     if path.is_file():
-        before = read_json(path)
+        try:
+            before = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; put it back from a copy, or name a new folder") from None
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(
@@ -260,11 +329,12 @@ class _Lock:
 
 
 class _progress:
-    """Shows on the first rank, on a terminal, how many clips of all ranks are done."""
+    """Shows on the first rank how many clips of all ranks are done: by a bar, or by lines if that is no terminal."""
 
     def __init__(self, job: Job, folder: Path, total: int) -> None:
         console = Console(stderr=True)
-        self.job = job
+        self.job, self.folder, self.total, self.lines = job, folder, total, not console.is_terminal
+        self.begun = self.said = time.monotonic()
         self.shown = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -272,13 +342,23 @@ class _progress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=job.rank != 0 or not console.is_terminal,
+            disable=job.rank != 0 or self.lines,
         )
         self.task = self.shown.add_task(f"encoding into {folder}", total=total)
 
     def __enter__(self) -> Callable[[], None]:
         self.shown.start()
-        return lambda: self.shown.update(self.task, completed=self.job.count("done", 0))
+        return self._advance
 
     def __exit__(self, *_: object) -> None:
         self.shown.stop()
+
+    def _advance(self) -> None:
+        count = self.job.count("done", 0)
+        self.shown.update(self.task, completed=count)
+        now = time.monotonic()
+        if self.job.rank == 0 and self.lines and now - self.said >= _EVERY:
+            self.said = now
+            rate = count / (now - self.begun)
+            left = datetime.timedelta(seconds=round((self.total - count) / rate))
+            print(f"{self.folder}: {count} of {self.total} clips, {rate:.2f} clips/s, {left} left", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from .encoders import NEEDED, TEXT_LENGTH, pad_text
 
 _VAE = (4, 8, 8)  # its strides over frames, rows and columns
 _PATCH = 2  # latents along a side that come to one token
-_CLIP_TOKENS = 257  # of the published CLIP, for each given frame
+_CLIP_TOKENS, _CLIP_WIDTH = 257, 1280  # of the published CLIP, for each given frame
 
 
 class WanData(ClipData):
@@ -68,7 +68,7 @@ def open_data(recipe: Recipe, config: Wan21Config, rank: int, ranks: int) -> Slo
             )
         reader = PreparedFeatures(features, data, collate, names=names, check=check)
     elif kind == "files":
-        reader = FeatureFiles(path, data, collate, load=partial(_load, names), check=check)
+        reader = FeatureFiles(path, data, collate, load=partial(_load, config), check=check)
     else:
         if config.conditioning != "none" and 1 in data.frames:
             raise UserError(
@@ -102,6 +102,19 @@ def collate(samples: list[Sample]) -> Batch:
     return batch
 
 
+def given_mask(shape: torch.Size, config: Wan21Config) -> Tensor:
+    """Return ``[mask channels, frames, height, width]``: which frames of a video with such latents are given.
+
+    A latent frame's channels stand for the video frames it was made of; the first latent frame is made of one alone.
+    """
+    frames, height, width = shape
+    mask = torch.zeros(config.mask_channels, frames)
+    mask[:, 0] = 1
+    if config.conditioning == "first-last":
+        mask[-1, -1] = 1
+    return mask[:, :, None, None].expand(-1, -1, height, width)
+
+
 def _check_shapes(config: Wan21Config, where: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError unless a sample's features are as wide as what the network takes."""
     wanted = {"latents": (0, config.out_channels, "channels"), "text": (-1, config.text_dim, "columns")}
@@ -117,19 +130,44 @@ def _check_shapes(config: Wan21Config, where: str, shapes: Mapping[str, tuple[in
             )
     if "condition" in wanted and shapes["condition"] != shapes["latents"]:
         raise UserError(f"{where}: 'condition' is {list(shapes['condition'])}, 'latents' {list(shapes['latents'])}")
+    if len(shapes["latents"]) != 4 or any(n % p for n, p in zip(shapes["latents"][1:], config.patch_size, strict=True)):
+        raise UserError(
+            f"{where}: 'latents' is {list(shapes['latents'])}, the network takes channels, frames, rows and columns in "
+            f"multiples of {list(config.patch_size)}; encode clips whose sides are multiples of {_VAE[1] * _PATCH}"
+        )
+    tokens = _image_tokens(config)
+    if "image" in wanted and tokens is not None and shapes["image"][0] != tokens:
+        raise UserError(
+            f"{where}: 'image' has {shapes['image'][0]} tokens, the network takes {tokens}: its conditioning is "
+            f"{config.conditioning!r}; encode the videos for it"
+        )
 
 
-def _load(names: Sequence[str], path: Path) -> dict[str, Tensor]:
+def _image_tokens(config: Wan21Config) -> int | None:
+    """Return how many tokens the given frames come to; None for a CLIP that is not the published one."""
+    if config.conditioning == "first-last":
+        return config.pos_embed_seq_len
+    return _CLIP_TOKENS if config.image_dim == _CLIP_WIDTH else None
+
+
+def _load(config: Wan21Config, path: Path) -> dict[str, Tensor]:
     """Return the features of a MindSpeed-MM file under our names; nothing but tensors is unpickled."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         text, mask = (_only(held[name]) for name in ("prompt_ids", "prompt_mask"))
         found = {"latents": _sample(held["video"], 4), "text": _sample(text, 2)[: int(mask.sum())]}
-        if "image" in names:
+        if config.conditioning != "none":
             found["image"] = _sample(held["i2v_clip_feature"], 2)
-            # Its first channels are the mask of the given frames, which follows from the shape.
-            found["condition"] = _sample(held["i2v_vae_feature"], 4)[-len(found["latents"]) :]
+            given = _sample(held["i2v_vae_feature"], 4)
+            given, found["condition"] = given.split((len(given) - len(found["latents"]), len(found["latents"])))
+            if len(given) and not torch.equal(given.float(), given_mask(given.shape[1:], config)):
+                raise UserError(
+                    f"{path}: its mask (the first {len(given)} channels of 'i2v_vae_feature') is not that of "
+                    f"conditioning {config.conditioning!r}, which the network has; use features made for it"
+                )
         return found
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except KeyError as error:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import launch
 from mindspeed_model_core.data.media import Item, read_list
+from mindspeed_model_core.data.prepare import GRACE, from_options
 from mindspeed_model_core.data.prepare import prepare as prepare_items
-from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.recipe import validate
+from mindspeed_model_core.errors import UserError, nearest
 from torch import Tensor
 
 from .data import WanData
 from .encoders import IMAGE, Encoders, fingerprint
+
+_CONDITIONING = ("none", "first", "first-last")
 
 
 def prepare(
@@ -23,7 +25,7 @@ def prepare(
     destination: Path,
     encoders: Path,
     data: WanData,
-    conditioning: Literal["none", "first", "first-last"] = "none",
+    conditioning: str = "none",
     *,
     shard_bytes: int = 512 * 2**20,
 ) -> str:
@@ -41,7 +43,10 @@ def prepare(
         )
     if conditioning != "none" and not (encoders / IMAGE).is_dir():
         raise UserError(f"--encoders={encoders}: no {IMAGE}/ there, which --conditioning {conditioning} needs")
-    opened = Encoders(encoders, devices.pick())
+    try:
+        opened = Encoders(encoders, devices.pick())
+    except UserError as error:
+        raise UserError(f"--{error}") from None  # it begins with the name that the option has, too
 
     def encode(item: Item, frames: Tensor) -> dict[str, Tensor]:
         video = frames[None]
@@ -80,9 +85,10 @@ def prepare_command(
         typer.Option(metavar="W:H", help="An aspect clips may keep; several times.  \\[default: that of the size]"),
     ] = None,
     conditioning: Annotated[
-        Literal["none", "first", "first-last"], typer.Option(help="Frames given to the network, for image-to-video.")
+        str,
+        typer.Option(metavar="[none|first|first-last]", help="Frames given to the network, for image-to-video."),
     ] = "none",
-    on_bad: Annotated[Literal["stop", "skip"], typer.Option(help="What a file that cannot be used does.")] = "stop",
+    on_bad: Annotated[str, typer.Option(metavar="[stop|skip]", help="What a file that cannot be used does.")] = "stop",
     shard_size: Annotated[int, typer.Option(metavar="MB", min=1, help="Size of the files written.")] = 512,
     nproc: Annotated[
         str | None, typer.Option(metavar="N", help="Processes on this machine; auto: one per accelerator.")
@@ -90,30 +96,23 @@ def prepare_command(
 ) -> None:
     """Encode a list of clips once, so that training reads features and no encoder runs in it.
 
-    Stopped or killed, the same command goes on where it was: what is done is kept, nothing is done twice. Lines may be
-    added to the list and the command run again.
+    Stopped by Ctrl-C, SIGTERM or a bad file, the same command goes on where it was: what is done is kept, nothing is
+    done twice. Killed, it loses what the last five minutes made. Lines may be added to the list and the command run
+    again.
 
     $ mindspeed-wan21 prepare clips.jsonl features --encoders Wan2.1-T2V-1.3B-Diffusers --nproc auto
 
     $ mindspeed-wan21 train NAME data.path=features
     """
-    data = validate(
-        WanData,
-        {
-            "height": height,
-            "width": width,
-            "frames": tuple(frames or (81,)),
-            "fps": fps,
-            "ratios": tuple(ratio or ()),
-            "on_bad": on_bad,
-        },
-        "prepare",
-    )
+    if conditioning not in _CONDITIONING:
+        raise UserError(f"--conditioning={conditioning}: no such choice{nearest(conditioning, _CONDITIONING)}")
+    given = {"height": height, "width": width, "fps": fps, "on_bad": on_bad}
+    data = from_options(WanData, {**given, "frames": tuple(frames or (81,)), "ratios": tuple(ratio or ())})
     if nproc is not None:
         launch.refuse_nested()
         count = launch.count(nproc)
         if count > 1:
-            raise typer.Exit(launch.spawn(count, launch.command_without_nproc()))
+            raise typer.Exit(launch.spawn(count, launch.command_without_nproc(), grace=GRACE))
     done_line = prepare(source, destination, encoders, data, conditioning, shard_bytes=shard_size * 10**6)
     if launch.first_rank():
         typer.echo(done_line)

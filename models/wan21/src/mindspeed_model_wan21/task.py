@@ -15,7 +15,7 @@ from mindspeed_model_core.trunk import Batch
 from torch import Tensor
 
 from .config import Wan21Config
-from .data import WanData, open_data, synthetic_data
+from .data import WanData, given_mask, open_data, synthetic_data
 from .encoders import NEEDED
 from .model import TEXT_TOKENS
 
@@ -90,19 +90,6 @@ class FlowMatching:
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the sum over samples of the weighted mean squared error."""
         return velocity_loss(output, batch["velocity"], batch["weight"])
-
-
-def given_mask(shape: torch.Size, config: Wan21Config) -> Tensor:
-    """Return ``[mask channels, frames, height, width]``: which frames of a video with such latents are given.
-
-    A latent frame's channels stand for the video frames it was made of; the first latent frame is made of one alone.
-    """
-    frames, height, width = shape
-    mask = torch.zeros(config.mask_channels, frames)
-    mask[:, 0] = 1
-    if config.conditioning == "first-last":
-        mask[-1, -1] = 1
-    return mask[:, :, None, None].expand(-1, -1, height, width)
 
 
 def forward_flops(config: Wan21Config, tokens: int, images: int = 0) -> float:
