@@ -125,9 +125,17 @@ def test_the_shift_is_that_of_the_folder(hub: Path, image_hub: tuple[Path, Sampl
         assert done.exit_code == 0, done.output
         sampled[name] = (tmp_path / f"{name}.mp4").read_bytes()
     assert sampled["7"] == sampled["given"] != sampled["5"]
-    scheduler.write_text('{"flow_shift": "much"}')
-    with pytest.raises(UserError, match="scheduler_config.json: flow_shift='much': expected a number above 0"):
-        find_shift(tmp_path)
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 8}')
+    assert find_shift(tmp_path) == 8
+    for text, said in {
+        '{"flow_shift": "much"}': "flow_shift='much': expected a number above 0; or give --shift",
+        '{"flow_shift": 5, "prediction_type": "epsilon"}': "prediction_type='epsilon' is not supported, Wan2.1 has pre",
+        '{"flow_shift": 5, "use_karras_sigmas": true}': "use_karras_sigmas=True is not supported",
+        '{"_class_name": "DDIMScheduler"}': "_class_name='DDIMScheduler': known are UniPC.*; or give --shift",
+    }.items():
+        scheduler.write_text(text)
+        with pytest.raises(UserError, match=f"scheduler_config.json: {said}"):
+            find_shift(tmp_path)
 
 
 @pytest.mark.parity

@@ -30,6 +30,7 @@ from mindspeed_model_core.sampling import (
     open_devices,
     pick_dtype,
 )
+from mindspeed_model_core.translation import check_fixed
 from torch import Tensor
 
 from .config import Wan21Config
@@ -94,12 +95,33 @@ class Sampling:
             raise UserError(f"--frames={self.frames}: must be 4n + 1; try {near}")
 
 
+_SHIFTS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
+"""How a scheduler's settings call the shift, by its class."""
+_FLOW = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"), False),
+    "shift_terminal": None,
+}
+
+
 def find_shift(source: Path) -> float | None:
-    """Return the shift of the noise levels that the scheduler beside the weights has, or None: there is none."""
+    """Return the shift of the noise levels that the scheduler beside the weights has, or None: there is none.
+
+    UserError for one that is not of flow matching, or changes the levels in another way too.
+    """
     path, said = find_scheduler(source) or (None, {})
-    shift = said.get("flow_shift")
+    if path is None:
+        return None
+    kind = said.get("_class_name", "UniPCMultistepScheduler")
+    if kind not in _SHIFTS:
+        raise UserError(f"{path}: _class_name={kind!r}: known are {' and '.join(_SHIFTS)}; or give --shift")
+    check_fixed(said, _FLOW, path, "Wan2.1")
+    name = _SHIFTS[kind]
+    shift = said.get(name)
     if shift is not None and (not isinstance(shift, int | float) or not 0 < shift < math.inf):
-        raise UserError(f"{path}: flow_shift={shift!r}: expected a number above 0; or give --shift")
+        raise UserError(f"{path}: {name}={shift!r}: expected a number above 0; or give --shift")
     return shift
 
 
