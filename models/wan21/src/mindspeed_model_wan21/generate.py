@@ -16,6 +16,7 @@ from mindspeed_model_core.sampling import (
     Cp,
     Denoiser,
     DType,
+    Ema,
     Guidance,
     Overwrite,
     Seed,
@@ -36,6 +37,7 @@ from torch import Tensor
 from .config import Wan21Config
 from .encoders import NEEDED, Encoders
 from .model import Wan21
+from .weights import ORIGINAL
 
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -178,6 +180,18 @@ def _given(config: Wan21Config, what: Sampling) -> list[Tensor]:
     return [read_frames(file, 1, fps=1.0, size=size)[0] for name in wanted if (file := files[name]) is not None]
 
 
+def _find_encoders(source: Path, given: Path | None) -> Path:
+    try:
+        return find_encoders(source, given, NEEDED)
+    except UserError:
+        if given is not None or not ORIGINAL.detect(source):
+            raise
+        raise UserError(
+            f"{source}: the VAE and text encoder of an original release are not read; sample from what "
+            f"'convert {source} DST --layout hub' writes, or name others with --encoders"
+        ) from None
+
+
 def generate_command(
     source: Source,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the video shows.")],
@@ -209,6 +223,7 @@ def generate_command(
     dtype: DType = None,
     tp: Tp = 1,
     cp: Cp = 1,
+    ema: Ema = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Sample a video from a prompt and, for image-to-video, the frames it begins and ends with.
@@ -224,7 +239,7 @@ def generate_command(
     check_range("--guidance", guidance, 1, 100)
     if shift is not None and not 0 < shift < math.inf:
         raise UserError(f"--shift={shift:g}: must be above 0; 1 leaves the noise levels as they are")
-    where = find_encoders(weights.check_folder(source), encoders, NEEDED)
+    where = _find_encoders(weights.check_folder(source), encoders)
     what = Sampling(
         prompt,
         NEGATIVE if negative_prompt is None else negative_prompt,
@@ -239,10 +254,10 @@ def generate_command(
         seed,
     )
     # Before devices are taken and weights read: a mistake in what is given costs nothing.
-    _given(weights.read_config(source, MODEL), what)
+    _given(weights.read_config(source, MODEL, ema=ema), what)
     with open_devices(tp, cp) as mesh:
         kind = pick_dtype(dtype, mesh.device)
-        net = load_network(source, MODEL, mesh, kind)
+        net = load_network(source, MODEL, mesh, kind, ema=ema)
         video = sample(net, Encoders(where, mesh.device, text_dtype=kind), what)
         if mesh.rank == 0:
             write_video(out, video, fps)
