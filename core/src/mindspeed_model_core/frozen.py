@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .tensorfile import read_json
+from .translation import check_fixed
 
 _SAMPLE = 64 * 2**10
 
@@ -120,15 +121,35 @@ def clip_settings(size: int = 224) -> dict[str, Any]:
     }
 
 
+_CLIP_STEPS = ("do_convert_rgb", "do_resize", "resample", "do_center_crop", "do_rescale", "do_normalize")
+_CLIP_FIXED = {name: clip_settings()[name] for name in (*_CLIP_STEPS, "rescale_factor")}
+
+
 class ClipProcessor:
     """What transformers' CLIPImageProcessor does, with Pillow alone: its own needs torchvision.
 
-    Settings are those of the first folder with a preprocessor_config.json, else the published ones.
+    Sizes, mean and deviation are those of the first folder with a preprocessor_config.json, else the published ones.
+    UserError for one whose steps are others.
     """
 
     def __init__(self, *folders: Path) -> None:
-        files = [folder / PREPROCESSOR for folder in folders if (folder / PREPROCESSOR).is_file()]
-        self.settings = {**clip_settings(), **(read_json(files[0]) if files else {})}
+        path = next((folder / PREPROCESSOR for folder in folders if (folder / PREPROCESSOR).is_file()), None)
+        said = {} if path is None else read_json(path)
+        if path is not None:
+            check_fixed(said, _CLIP_FIXED, path, "CLIP's processor")
+        settings = {**clip_settings(), **said}
+        try:
+            size, crop = settings["size"], settings["crop_size"]
+            # The older form is one number: of the shorter edge, or of both sides of what is cut out.
+            size = {"shortest_edge": size} if isinstance(size, int) else size
+            crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+            self.edge = int(size["shortest_edge"]) if "shortest_edge" in size else None
+            self.size = None if self.edge is not None else (int(size["width"]), int(size["height"]))
+            self.crop = int(crop["width"]), int(crop["height"])
+            self.mean, self.std = (torch.tensor(settings[n]).view(3, 1, 1) for n in ("image_mean", "image_std"))
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            shown = ", ".join(f"{name}={settings[name]!r}" for name in ("size", "crop_size", "image_mean", "image_std"))
+            raise UserError(f"{path}: cannot be read as CLIP's: {shown}") from None
 
     def __call__(self, images: Any, return_tensors: str = "pt") -> Any:
         """Return the pixels of a PIL image or a list of them, as diffusers' pipelines ask for them."""
@@ -143,15 +164,11 @@ class ClipProcessor:
         from PIL import Image
 
         image = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()))
-        size, crop = self.settings["size"], self.settings["crop_size"]
-        if "shortest_edge" in size:
-            short = min(image.size)
-            wanted = tuple(size["shortest_edge"] * side // short for side in image.size)
-        else:
-            wanted = size["width"], size["height"]
-        image = image.resize(wanted, Image.Resampling.BICUBIC)
-        left, top = (image.width - crop["width"]) // 2, (image.height - crop["height"]) // 2
-        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+        short = min(image.size)
+        wanted = self.size or tuple((self.edge or short) * side // short for side in image.size)
+        image = image.resize(wanted, Image.Resampling.BICUBIC)  # type: ignore[arg-type]
+        width, height = self.crop
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(self.settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
-        return (pixels - mean) / std
+        return (pixels - self.mean) / self.std

@@ -33,6 +33,7 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="The 
 DType = Annotated[str | None, typer.Option(metavar="T", help=r"bf16 or fp32.  \[default: bf16, on CPU fp32]")]
 Tp = Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the network.")]
 Cp = Annotated[int, typer.Option(metavar="N", min=1, help="Devices that share the tokens.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Sample from the run's moving average (optim.ema).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")]
 
 
@@ -142,15 +143,24 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" or (name is None and device.type != "cpu") else torch.float32
 
 
-def load_network(source: Path, model: Model, mesh: Mesh, dtype: torch.dtype) -> Any:
-    """Return the network of a hub folder, an original release or a run, spread over ``mesh``, ready to sample."""
-    config = weights.read_config(source, model)
+def load_network(source: Path, model: Model, mesh: Mesh, dtype: torch.dtype, *, ema: bool = False) -> Any:
+    """Return the network of a hub folder, an original release or a run, spread over ``mesh``, ready to sample.
+
+    With ``ema`` its weights are the run's moving average.
+    """
+    config = weights.read_config(source, model, ema=ema)
     with torch.device("meta"):
         net = model.build(config)
     precision: Any = "fp32" if dtype == torch.float32 else "bf16-pure"
     parallel = apply.parallelize(net, mesh, ParallelConfig(tp=mesh.tp, cp=mesh.cp), precision=precision)
     shards = parallel.shards
     weights.load(
-        net, source, model, tp_rank=mesh.tp_rank, tp=mesh.tp, write=lambda name, tensor: shards[name].write(tensor)
+        net,
+        source,
+        model,
+        tp_rank=mesh.tp_rank,
+        tp=mesh.tp,
+        write=lambda name, tensor: shards[name].write(tensor),
+        ema=ema,
     )
     return net.requires_grad_(False).eval()

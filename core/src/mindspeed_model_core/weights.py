@@ -111,9 +111,9 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None, 
     return opened
 
 
-def read_config(source: str | Path, model: Model) -> Any:
-    """Return the configuration of the network a folder holds."""
-    return open_source(source, model).config
+def read_config(source: str | Path, model: Model, *, ema: bool = False) -> Any:
+    """Return the configuration of the network a folder holds, with ``ema`` of a run that kept a moving average."""
+    return open_source(source, model, ema=ema).config
 
 
 def _complete(config: Any, layout: Layout, model: Model, wanted: Section | None) -> Any:
@@ -214,9 +214,9 @@ def check(opened: Opened, bounds: Mapping[str, Bound]) -> None:
 # ------------------------------------------------------------------------------------------------ load
 
 
-def check_source(source: str | Path, model: Model, config: Any) -> Opened:
+def check_source(source: str | Path, model: Model, config: Any, *, ema: bool = False) -> Opened:
     """Open a folder of weights, reading none; UserError names the first field in which its network is another."""
-    opened = open_source(source, model)
+    opened = open_source(source, model, ema=ema)
     loose = (*opened.layout.loose, *opened.layout.silent) if opened.layout else ()
     agree(opened.path, opened.config, config, "this network", model, loose)
     return opened
@@ -230,15 +230,16 @@ def load(
     tp_rank: int = 0,
     tp: int = 1,
     write: Callable[[str, Tensor], None] | None = None,
+    ema: bool = False,
 ) -> None:
     """Read a network's parameters from a hub folder, an original release or a run's checkpoint.
 
     Only names that ``net`` has are read (it may be one pipeline stage; adapters are left alone), and of each only rank
     ``tp_rank``'s slice of ``tp``. Each is copied into its parameter, or given to ``write(name, tensor)`` on the CPU in
-    the folder's dtype, so that a master of more precision than its parameter loses nothing. UserError names the file
-    and key, or the field in which folder and network disagree.
+    the folder's dtype, so that a master of more precision than its parameter loses nothing. ``ema`` reads a run's
+    moving average. UserError names the file and key, or the field in which folder and network disagree.
     """
-    opened = check_source(source, model, net.config)
+    opened = check_source(source, model, net.config, ema=ema)
     shapes, where = whole(model.build, net.config)
     bounds = opened.table.bind(shapes)
     check(opened, bounds)

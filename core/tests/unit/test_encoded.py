@@ -183,6 +183,18 @@ def test_folders_that_cannot_be_used_are_refused(folder: Path) -> None:
     refused("holds no sample")
 
 
+def test_a_size_that_is_set_must_be_the_folder_s(folder: Path) -> None:
+    """What is left out is the folder's, and so is what equals it."""
+    write_index(folder, {"sizes": [[64, 48]]})
+    prepared(folder)
+    prepared(folder, height=64, width=48)
+    said = rf"data.height=32: {folder} was prepared with sizes \(height, width\) \[\[64, 48\]\], not \[\[32, 48\]\]"
+    with pytest.raises(UserError, match=said):
+        prepared(folder, height=32)
+    with pytest.raises(UserError, match="data.ratios="):
+        prepared(folder, ratios=("1:1",))
+
+
 def test_files_that_cannot_be_used_are_named_and_skipped_or_stop_the_run(tmp_path: Path, capsys: Any) -> None:
     listed = write_files(tmp_path / "files")
 

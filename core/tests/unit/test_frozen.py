@@ -182,3 +182,32 @@ def test_pixels_and_rows_of_text():
     assert torch.equal(frozen.unsigned(there), pixels)
     rows = frozen.pad_rows([torch.ones(2, 3), torch.ones(9, 3)], 4)
     assert rows.shape == (2, 4, 3) and rows.sum((1, 2)).tolist() == [6, 12]
+
+
+def _processor(folder, **changes):
+    (folder / frozen.PREPROCESSOR).write_text(json.dumps({**frozen.clip_settings(28), **changes}))
+    return frozen.ClipProcessor(folder)
+
+
+def test_clip_s_processor_takes_the_older_form_of_sizes_and_refuses_other_steps(tmp_path):
+    frame = torch.arange(3 * 40 * 60).remainder(251).view(3, 40, 60).to(torch.uint8)
+    want = _processor(tmp_path).pixels(frame)
+    assert want.shape == (3, 28, 28)
+    assert torch.equal(_processor(tmp_path, size=28, crop_size=28).pixels(frame), want)
+    square = _processor(tmp_path, size={"height": 28, "width": 28}).pixels(frame)
+    assert square.shape == want.shape and not torch.equal(square, want)
+    assert not torch.equal(_processor(tmp_path, image_mean=[0.5] * 3).pixels(frame), want)
+    for name, value in {
+        "do_center_crop": False,
+        "do_resize": False,
+        "do_rescale": False,
+        "do_normalize": False,
+        "do_convert_rgb": False,
+        "resample": 2,
+        "rescale_factor": 1 / 127.5,
+    }.items():
+        with pytest.raises(UserError, match=f"{frozen.PREPROCESSOR}: {name}={value}.* is not supported, CLIP's proc"):
+            _processor(tmp_path, **{name: value})
+    for changes in ({"size": {"longest_edge": 3}}, {"crop_size": None}, {"image_std": [1.0]}):
+        with pytest.raises(UserError, match=f"{frozen.PREPROCESSOR}: cannot be read as CLIP's: size="):
+            _processor(tmp_path, **changes)

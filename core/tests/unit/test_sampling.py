@@ -58,10 +58,23 @@ def test_a_run_s_network_is_ready_to_sample(tmp_path):
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter, whole.read(name).bfloat16())
+    with pytest.raises(UserError, match="holds no moving average; the run was trained without optim.ema"):
+        load_network(tmp_path / "run", toy.TOY, Mesh(torch.device("cpu")), torch.float32, ema=True)
     seen = Denoiser(net, channels=3)
     assert (seen.dtype, seen.device.type, seen.config.channels) == (torch.bfloat16, "cpu", 3)
     with seen.cache_context("cond"):
         pass
+
+
+def test_a_run_s_moving_average_is_sampled_from(tmp_path):
+    run(toy.recipe(optim={"lr": 1e-2, "ema": 0.5}), toy.TOY, tmp_path / "run")
+    plain, mean = (
+        load_network(tmp_path / "run", toy.TOY, Mesh(torch.device("cpu")), torch.float32, ema=ema)
+        for ema in (False, True)
+    )
+    held = checkpoint.open_weights(checkpoint.locate(tmp_path / "run"), ema=True)
+    for (name, got), other in zip(mean.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(got, held.read(name)) and not torch.equal(got, other), name
 
 
 def test_options_are_checked(tmp_path):

@@ -93,3 +93,18 @@ class TestSuite(ModelSuite):
 
     def outputs(self, net: Trunk, batch: Batch) -> Tensor:
         return net({key: value for key, value in batch.items() if key != "labels"})  # type: ignore[return-value]
+
+
+def test_recipes_have_the_published_learning_rates() -> None:
+    """MindSpeed-LLM's for pretraining; the others are this package's own."""
+    from mindspeed_model_core import recipe as recipes
+
+    rates = {name: MODEL.load_recipe(name).optim.lr for name in recipes.names(MODEL.package)}
+    assert rates == {
+        "7b-pretrain": 1.25e-6,
+        "7b-one-device": 1.25e-6,
+        "13b-pretrain": 1e-6,
+        "70b-pretrain": 1e-6,
+        "7b-zero3": 3e-5,
+        "tiny-text": 1.5e-3,
+    }

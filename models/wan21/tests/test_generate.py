@@ -108,6 +108,18 @@ def test_continues_frames_as_diffusers_does(image_hub: tuple[Path, Sampling]) ->
     assert (ours(folder, other).int() - got.int()).abs().max() > 1
 
 
+def test_a_picture_of_another_aspect_is_cropped(image_hub: tuple[Path, Sampling], tmp_path: Path) -> None:
+    """To its middle, as clips are in training; stretched, as diffusers' pipeline has it, it makes another video."""
+    folder, what = image_hub
+    tall = skimage.data.astronaut()[40:104, 200:248]
+    pictures = {"tall": tall, "middle": tall[16:48], "squeezed": tall[::2]}
+    made = {}
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        made[name] = ours(folder, replace(what, image=tmp_path / f"{name}.png"))
+    assert torch.equal(made["tall"], made["middle"]) and not torch.equal(made["tall"], made["squeezed"])
+
+
 def test_the_shift_is_that_of_the_folder(hub: Path, image_hub: tuple[Path, Sampling], tmp_path: Path) -> None:
     """What the release has for its kind is written on export; what a folder says goes before it."""
     folder, what = image_hub
@@ -125,9 +137,17 @@ def test_the_shift_is_that_of_the_folder(hub: Path, image_hub: tuple[Path, Sampl
         assert done.exit_code == 0, done.output
         sampled[name] = (tmp_path / f"{name}.mp4").read_bytes()
     assert sampled["7"] == sampled["given"] != sampled["5"]
-    scheduler.write_text('{"flow_shift": "much"}')
-    with pytest.raises(UserError, match="scheduler_config.json: flow_shift='much': expected a number above 0"):
-        find_shift(tmp_path)
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 8}')
+    assert find_shift(tmp_path) == 8
+    for text, said in {
+        '{"flow_shift": "much"}': "flow_shift='much': expected a number above 0; or give --shift",
+        '{"flow_shift": 5, "prediction_type": "epsilon"}': "prediction_type='epsilon' is not supported, Wan2.1 has pre",
+        '{"flow_shift": 5, "use_karras_sigmas": true}': "use_karras_sigmas=True is not supported",
+        '{"_class_name": "DDIMScheduler"}': "_class_name='DDIMScheduler': known are UniPC.*; or give --shift",
+    }.items():
+        scheduler.write_text(text)
+        with pytest.raises(UserError, match=f"scheduler_config.json: {said}"):
+            find_shift(tmp_path)
 
 
 @pytest.mark.parity
@@ -136,6 +156,8 @@ def test_an_original_release_becomes_the_same_pipeline(tmp_path: Path) -> None:
     hub = write_hub(tmp_path / "hub", "tiny-t2v", image=False)
     weights.convert(hub, tmp_path / "release", MODEL, "original")
     assert {p.name for p in (tmp_path / "release").iterdir()} >= {"Wan2.1_VAE.pth", "google"}
+    with pytest.raises(UserError, match="of an original release are not read; .*convert .*release DST --layout hub'"):
+        generate_command(tmp_path / "release", prompt="x", out=tmp_path / "a.mp4")
     weights.convert(tmp_path / "release", tmp_path / "back", MODEL, "hub")
     what = Sampling("a red square", **SIZE)
     assert torch.equal(theirs(tmp_path / "back", what), theirs(hub, what))
@@ -209,6 +231,7 @@ def test_mistakes_are_one_line(hub: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ({"guidance": math.nan}, "--guidance=nan: .*nearest: 1"),
         ({"out": tmp_path / "a.gif"}, "written as .mp4"),
         ({"encoders": tmp_path}, "no vae/"),
+        ({"ema": True}, "is not a run, so it has no moving average"),
     ]
     # Nothing is loaded, not to speak of sampled, before a mistake is found.
     monkeypatch.setattr("mindspeed_model_wan21.generate.load_network", None)

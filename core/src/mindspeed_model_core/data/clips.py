@@ -36,7 +36,8 @@ class PictureData(Section):
     """Which pictures a network learns from, and the shapes they are brought to.
 
     ``path`` is a .jsonl or .csv list of files and captions, a folder made by ``prepare``, or a .jsonl list of feature
-    files (.pt). The shapes matter to the first alone: features have theirs. A model sets its sizes and ``stride``.
+    files (.pt). The shapes are the first's alone: features have theirs, and those set must agree. A model sets its
+    sizes and ``stride``.
     """
 
     stride: ClassVar[int]

@@ -36,6 +36,23 @@ def open_prepared(folder: Path) -> FeatureSet:
     return found
 
 
+def check_settings(features: FeatureSet, data: PictureData) -> None:
+    """Raise UserError for a shape that a recipe sets and the folder was prepared with another: it would be no setting.
+
+    What the recipe leaves out is the folder's.
+    """
+    of = {"sizes": ("height", "width", "ratios", "multiple"), "frames": ("frames",), "fps": ("fps",)}
+    for name, wanted in data.shapes.items():
+        had, given = features.meta.get(name), [field for field in of.get(name, ()) if field in data.model_fields_set]
+        if had is not None and given and had != wanted:
+            shown = ", ".join(f"data.{field}={getattr(data, field)}" for field in given)
+            what = f"{name} (height, width)" if name == "sizes" else name
+            raise UserError(
+                f"{shown}: {features.folder} was prepared with {what} {had}, not {wanted}; set what it has, or prepare "
+                "the clips again into another folder"
+            )
+
+
 class PreparedFeatures:
     """Reads the tensors ``names`` of a prepared folder's samples; ``key`` names the one whose shape is the bucket.
 
@@ -53,6 +70,7 @@ class PreparedFeatures:
         check: Check,
         key: str = "latents",
     ) -> None:
+        check_settings(features, data)
         self.features, self.names, self.collate, self.text_drop = features, names, collate, data.text_drop
         self.empty = read_empty_text(features.folder) if data.text_drop else {}
         if data.text_drop and not set(names) & set(self.empty):

@@ -29,7 +29,7 @@ class WanData(ClipData):
     """Which clips the network learns from, and the shapes they are brought to.
 
     ``path`` is a .jsonl or .csv list of clips and captions, a folder made by ``prepare``, or a .jsonl list of feature
-    files (.pt) made by MindSpeed-MM. The shapes matter to the first alone: features have theirs.
+    files (.pt) made by MindSpeed-MM. The shapes are the first's alone: features have theirs, and those set must agree.
     """
 
     frame_stride: ClassVar[int] = _VAE[0]

@@ -156,11 +156,6 @@ class Encoders(FrozenParts):
         return (self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode().float() - mean) * scale
 
 
-def has_encoders(folder: str | Path) -> bool:
-    """Return whether a folder holds the VAE, the text encoder and its tokenizer."""
-    return frozen.has_parts(folder, NEEDED)
-
-
 def fingerprint(folder: str | Path) -> str:
     """Return 12 hex digits that change with the encoders' files."""
     return frozen.fingerprint(folder, (*NEEDED, IMAGE))

@@ -16,6 +16,7 @@ from mindspeed_model_core.sampling import (
     Cp,
     Denoiser,
     DType,
+    Ema,
     Guidance,
     Overwrite,
     Seed,
@@ -30,11 +31,13 @@ from mindspeed_model_core.sampling import (
     open_devices,
     pick_dtype,
 )
+from mindspeed_model_core.translation import check_fixed
 from torch import Tensor
 
 from .config import Wan21Config
 from .encoders import NEEDED, Encoders
 from .model import Wan21
+from .weights import ORIGINAL
 
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -94,12 +97,33 @@ class Sampling:
             raise UserError(f"--frames={self.frames}: must be 4n + 1; try {near}")
 
 
+_SHIFTS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
+"""How a scheduler's settings call the shift, by its class."""
+_FLOW = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"), False),
+    "shift_terminal": None,
+}
+
+
 def find_shift(source: Path) -> float | None:
-    """Return the shift of the noise levels that the scheduler beside the weights has, or None: there is none."""
+    """Return the shift of the noise levels that the scheduler beside the weights has, or None: there is none.
+
+    UserError for one that is not of flow matching, or changes the levels in another way too.
+    """
     path, said = find_scheduler(source) or (None, {})
-    shift = said.get("flow_shift")
+    if path is None:
+        return None
+    kind = said.get("_class_name", "UniPCMultistepScheduler")
+    if kind not in _SHIFTS:
+        raise UserError(f"{path}: _class_name={kind!r}: known are {' and '.join(_SHIFTS)}; or give --shift")
+    check_fixed(said, _FLOW, path, "Wan2.1")
+    name = _SHIFTS[kind]
+    shift = said.get(name)
     if shift is not None and (not isinstance(shift, int | float) or not 0 < shift < math.inf):
-        raise UserError(f"{path}: flow_shift={shift!r}: expected a number above 0; or give --shift")
+        raise UserError(f"{path}: {name}={shift!r}: expected a number above 0; or give --shift")
     return shift
 
 
@@ -156,6 +180,18 @@ def _given(config: Wan21Config, what: Sampling) -> list[Tensor]:
     return [read_frames(file, 1, fps=1.0, size=size)[0] for name in wanted if (file := files[name]) is not None]
 
 
+def _find_encoders(source: Path, given: Path | None) -> Path:
+    try:
+        return find_encoders(source, given, NEEDED)
+    except UserError:
+        if given is not None or not ORIGINAL.detect(source):
+            raise
+        raise UserError(
+            f"{source}: the VAE and text encoder of an original release are not read; sample from what "
+            f"'convert {source} DST --layout hub' writes, or name others with --encoders"
+        ) from None
+
+
 def generate_command(
     source: Source,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the video shows.")],
@@ -187,6 +223,7 @@ def generate_command(
     dtype: DType = None,
     tp: Tp = 1,
     cp: Cp = 1,
+    ema: Ema = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Sample a video from a prompt and, for image-to-video, the frames it begins and ends with.
@@ -202,7 +239,7 @@ def generate_command(
     check_range("--guidance", guidance, 1, 100)
     if shift is not None and not 0 < shift < math.inf:
         raise UserError(f"--shift={shift:g}: must be above 0; 1 leaves the noise levels as they are")
-    where = find_encoders(weights.check_folder(source), encoders, NEEDED)
+    where = _find_encoders(weights.check_folder(source), encoders)
     what = Sampling(
         prompt,
         NEGATIVE if negative_prompt is None else negative_prompt,
@@ -217,10 +254,10 @@ def generate_command(
         seed,
     )
     # Before devices are taken and weights read: a mistake in what is given costs nothing.
-    _given(weights.read_config(source, MODEL), what)
+    _given(weights.read_config(source, MODEL, ema=ema), what)
     with open_devices(tp, cp) as mesh:
         kind = pick_dtype(dtype, mesh.device)
-        net = load_network(source, MODEL, mesh, kind)
+        net = load_network(source, MODEL, mesh, kind, ema=ema)
         video = sample(net, Encoders(where, mesh.device, text_dtype=kind), what)
         if mesh.rank == 0:
             write_video(out, video, fps)
