@@ -65,7 +65,7 @@ MISTAKES = (
     Mistake("probabilities dropped", "experts", "rows, places, probs=weights)", "rows, places)"),
     Mistake("probabilities called weights", "experts", "places, probs=weights)", "places, weights=weights)"),
     Mistake("experts in rows of k", "experts", "token_permute(tokens, experts)", "token_permute(tokens, experts.T)"),
-    Mistake("padded mode", "experts", "token_permute(tokens, experts)", "token_permute(tokens, experts, padded_mode=True)"),
+    Mistake("padded mode", "experts", "permute(tokens, experts)", "permute(tokens, experts, padded_mode=True)"),
     Mistake("rows dropped", "experts", "token_permute(tokens, experts)", "token_permute(tokens, experts, len(tokens))"),
     Mistake("powers after the step", "adamw", "before = float(update.step) - 1", "before = float(update.step)"),
     Mistake("betas exchanged", "adamw", "low, high, update.eps,\n", "high, low, update.eps,\n"),
