@@ -484,4 +484,42 @@ def common_app() -> typer.Typer:
             raise UserError("no model is installed; for example: pip install mindspeed-model-llama2")
         _print(table)
 
+    @cli.command(
+        "ops",
+        help=_help(
+            "Show what serves each op on a device.",
+            "An op is computed by the first of its rows that takes the operands and whose level is the recipe's "
+            "optimization_level or below it; where none does, by its reference, at level 0.",
+            "mindspeed ops",
+            "mindspeed ops --device npu",
+        ),
+    )
+    def list_ops(
+        kind: Annotated[
+            str | None,
+            typer.Option(
+                "--device", metavar="KIND", help=r"npu, cuda or cpu, here or not.  \[default: what a run would use]"
+            ),
+        ] = None,
+    ) -> None:
+        from . import device
+        from .ops.table import TABLE, VARIABLE, level
+
+        if kind is not None and kind not in device.KINDS:
+            raise UserError(f"--device={kind}: not a kind of device{nearest(kind, device.KINDS)}")
+        kind = kind or device.pick().type
+        table = _table("op", "level", "served by", "for")
+        for name, op in sorted(TABLE.items()):
+            there = op.entries.get(kind, [])
+            serving = [entry for entry in there if entry.level <= level()]
+            for entry in serving:
+                table.add_row(name, str(entry.level), " ".join(entry.calls), entry.when)
+            if all(entry.when != "all" for entry in serving):
+                reason = f"level {level()}" if there else f"no {kind} entry"
+                table.add_row(name, "0", "reference", "the rest" if serving else f"all: {reason}")
+        _print(table)
+        asked = "0 for all" if level() == 0 else "the recipe's optimization_level"
+        does = "makes" if level() == 0 else "would make"
+        typer.echo(f"\n{kind}; level: {asked}; {VARIABLE}=reference {does} it 0")
+
     return cli

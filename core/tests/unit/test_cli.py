@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from mindspeed_model_core import cli, launch, train
+from mindspeed_model_core import cli, launch, ops, train
 from mindspeed_model_core.testing import toy
 from typer.testing import CliRunner
 
@@ -232,6 +233,38 @@ def test_list_names_installed_models_without_importing_them(tmp_path: Path, monk
 def test_list_of_nothing_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(cli, "entry_points", lambda group: [])
     assert "pip install" in refused("list", app=cli.common_app())
+
+
+def ops_shown(*args: str) -> tuple[list[list[str]], str]:
+    """Return the table's rows, a cell where two blanks end it, and the last line."""
+    lines = call("ops", *args, app=cli.common_app()).stdout.splitlines()
+    return [re.split(r"  +", line.strip()) for line in lines[:-2]], lines[-1]
+
+
+def test_ops_says_what_serves_each_on_a_device() -> None:
+    rows, last = ops_shown("--device", "npu")
+    assert rows[0] == ["op", "level", "served by", "for"]
+    assert ["swiglu", "1", "npu_swiglu npu_swiglu_backward", "fp16, bf16, fp32"] in rows
+    assert ["swiglu", "0", "reference", "the rest"] in rows
+    assert last.startswith("npu; level: the recipe's optimization_level; ")
+    rows, last = ops_shown()  # this machine's: the CPU's
+    assert {row[0] for row in rows[1:]} == set(ops.TABLE)
+    assert ["swiglu", "0", "reference", "all: no cpu entry"] in rows and last.startswith("cpu; ")
+    assert ["swiglu", "1", "torch.compile", "all"] in ops_shown("--device", "cuda")[0]
+    assert "swiglu" not in {row[0] for row in ops_shown("--device", "cuda")[0] if row[2] == "reference"}
+
+
+def test_ops_at_level_0_are_the_reference(monkeypatch) -> None:
+    monkeypatch.setattr("mindspeed_model_core.ops.table._forced", lambda: True)
+    rows, last = ops_shown("--device", "npu")
+    assert {row[2] for row in rows[1:]} == {"reference"}
+    assert ["swiglu", "0", "reference", "all: level 0"] in rows
+    assert last == "npu; level: 0 for all; MINDSPEED_MODEL_OPS=reference makes it 0"
+
+
+def test_ops_refuses_an_unknown_device() -> None:
+    said = refused("ops", "--device", "gpu", app=cli.common_app())
+    assert said == "error: --device=gpu: not a kind of device; did you mean 'npu'? (known: cpu, cuda, npu)"
 
 
 def test_starting_imports_neither_torch_nor_a_model() -> None:

@@ -11,7 +11,7 @@ from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.ops import table
 from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
 from mindspeed_model_core.testing.op_cases.attention import CHUNKS, check_ring
-from mindspeed_model_core.testing.op_cases.case import in_types
+from mindspeed_model_core.testing.op_cases.case import in_types, serving
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -23,6 +23,11 @@ def test_every_op_equals_its_formula(case, dtype) -> None:
     with ops.at_level(0):
         check(case, CPU, dtype, BOUND[dtype])
     check(case, CPU, dtype, BOUND[dtype])
+
+
+def test_no_npu_is_given_fp64() -> None:
+    """It has no such type: what an entry takes must say so."""
+    assert not [str(case) for case in CASES if serving(case, "npu", torch.float64) is not None]
 
 
 @pytest.mark.parametrize("dtype", BOUND)

@@ -50,6 +50,12 @@ class Outcome:
     tensors: dict[str, Tensor]
 
 
+def serving(case: Case, kind: str, dtype: torch.dtype) -> Entry | None:
+    """Return what would serve a case in a type on a kind of device, which need not be here."""
+    operands = [_cast(x, torch.device("cpu"), dtype) for x in case.operands]
+    return case.op.serving(kind, *operands, *case.rest, **case.named)
+
+
 def run(case: Case, device: torch.device, dtype: torch.dtype) -> Outcome:
     """Compute an op and its gradients on a device."""
     operands = [_cast(x, device, dtype) for x in case.operands]
