@@ -153,7 +153,7 @@ def test_chunks_are_of_level_two() -> None:
 CONFIG = toy.ToyConfig(blocks=2, width=8, hidden=24, aside=8)
 
 
-def _job(rows: int, *, adapted: bool = False, recompute: str = "none") -> Job:
+def _job(rows: int, *, adapted: bool = False, recompute: str = "none", keep: str = "nothing") -> Job:
     def build() -> Any:
         net = toy.Toy(CONFIG)
         return lora.attach(net, LoraConfig(rank=3, alpha=5.0)) if adapted else net
@@ -164,6 +164,7 @@ def _job(rows: int, *, adapted: bool = False, recompute: str = "none") -> Job:
         batches=lambda step: [toy.batch(4 * step + i, rows=rows) for i in range(4)],
         steps=3,
         recompute=recompute,
+        recompute_keep=keep,
     )
 
 
@@ -185,6 +186,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
     "tp2-sequence-dp2-zero2-4": (4, {"tp": 2, "sequence": True, "shard": "zero2", "overlap_chunks": 4}, 10, {}),
     "tp2-sequence-pp2-2": (4, {"tp": 2, "sequence": True, "pp": 2, "overlap_chunks": 2}, 10, {}),
     "recompute-4": (2, {"tp": 2, "sequence": True, "overlap_chunks": 4}, 10, {"recompute": "all"}),
+    "recompute-all-but-attention-2": (
+        2,
+        {"tp": 2, "overlap_chunks": 2},
+        7,
+        {"recompute": "all", "keep": "attention"},
+    ),
     "lora-2": (2, {"tp": 2, "overlap_chunks": 2}, 7, {"adapted": True}),
     "lora-sequence-recompute-4": (
         2,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .table import level, op
 
 HALVES = (torch.float16, torch.bfloat16)
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _TOTAL = "accumulator"
 
 
@@ -41,12 +42,22 @@ def _npu(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @accumulate_product_.on(
     "cuda",
-    "torch.addmm",
-    when="fp16 or bf16 into fp32, from PyTorch 2.8",
-    takes=lambda total, a, b: _widens(total, a, b) and hasattr(torch.ops.aten.addmm, "dtype_out"),
+    "addmm.dtype_out",
+    when="fp16 or bf16 into fp32; PyTorch from 2.10",  # before, it wanted a sum of the operands' type
+    takes=lambda total, a, b: _widens(total, a, b) and _TORCH >= (2, 10),
 )
 def _cuda(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.aten.addmm.dtype_out(total, a.T, b, torch.float32, out=total)  # type: ignore[no-any-return]
+
+
+@accumulate_product_.on(
+    "cuda",
+    "mm.dtype",
+    when="fp16 or bf16 into fp32; PyTorch from 2.8",
+    takes=lambda total, a, b: _widens(total, a, b) and _TORCH >= (2, 8),
+)
+def _cuda_apart(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return total.add_(torch.ops.aten.mm.dtype(a.T, b, torch.float32))
 
 
 def accumulate_gradient(weight: Tensor, total: Tensor) -> None:

@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "tp4": (4, {"tp": 4}),
     "tp2-sequence": (2, {"tp": 2, "sequence": True}),
+    "tp2-sequence-chunks": (2, {"tp": 2, "sequence": True, "overlap_chunks": 2}),
     "pp2": (2, {"pp": 2}),
     "pp4": (4, {"pp": 4}),
     "dp2": (2, {}),
