@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from typer.core import TyperGroup
@@ -54,6 +55,9 @@ Nproc = Annotated[
 ]
 
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")]
+
+_WIDE = 160
+"""Columns of a terminal from which recipes are a table."""
 
 _PLAIN_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -162,9 +166,17 @@ def app(model: Model) -> typer.Typer:
         ),
     )
     def list_recipes() -> None:
+        listed = [model.load_recipe(name) for name in recipes.names(model.package)]
+        console = Console(highlight=False)
+        if console.is_terminal and console.width < _WIDE:
+            for each in listed:
+                console.print(f"[bold]{each.name}[/bold]  preset {each.preset}", soft_wrap=True)
+                console.print(Padding(each.description, (0, 0, 0, 2)))
+                if each.reproduces:
+                    console.print(f"  reproduces {each.reproduces}", soft_wrap=True)
+            return
         table = _table("recipe", "preset", "description", "reproduces")
-        for name in recipes.names(model.package):
-            each = model.load_recipe(name)
+        for each in listed:
             table.add_row(each.name, each.preset, each.description, each.reproduces or "")
         _print(table)
 

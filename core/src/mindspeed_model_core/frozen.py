@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +48,22 @@ class FrozenParts:
         except Exception as error:  # what from_pretrained raises has no common kind
             raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         return network.to(self.device).requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers say nothing but errors, and show no bars, while it does what it is known to do."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def check_parts(folder: str | Path, names: Sequence[str], field: str) -> None:

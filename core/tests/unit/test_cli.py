@@ -75,6 +75,17 @@ def test_recipes_are_listed_with_what_they_reproduce() -> None:
     assert rows[2] == ["longer", "tiny", "base", "for", "longer", "some-row"]
 
 
+def test_recipes_are_readable_in_a_narrow_terminal(monkeypatch) -> None:
+    """No name is broken over lines; the description is below it."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in call("recipes").stdout.splitlines()]
+    assert "longer  preset tiny" in lines and "  reproduces some-row" in lines
+    below = lines[lines.index("longer  preset tiny") + 1]
+    assert below.startswith("  ") and below.strip() in MODEL.load_recipe("longer").description
+    assert all(len(line.rstrip()) <= 40 for line in lines)
+
+
 def test_show_prints_a_recipe_that_loads_back(tmp_path: Path) -> None:
     overrides = ["steps=7", "parallel.tp=2", "data.length=8"]
     text = call("show", "longer", *overrides).stdout

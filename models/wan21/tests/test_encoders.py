@@ -124,12 +124,13 @@ def test_a_raw_batch_becomes_one_of_features(encoders: Encoders, conditioning: s
     assert torch.equal(got["condition"], encoders.condition(ends[0], ends[1] if len(ends) > 1 else None, FRAMES))
 
 
-def test_the_encoders_are_frozen_in_their_types_and_always_the_same(folder: Path, tmp_path: Path) -> None:
+def test_the_encoders_are_frozen_in_their_types_and_always_the_same(folder: Path, tmp_path: Path, capfd: Any) -> None:
     ours = Encoders(folder)
     assert ours.text([""]).dtype == torch.bfloat16 and ours.image(pan()[:1]).dtype == torch.float32
     for model in (ours.vae, ours.text_encoder, ours.image_encoder):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
     again = write_tiny_encoders(tmp_path)
+    assert capfd.readouterr().err == ""
     assert fingerprint(again) == fingerprint(folder)
     config = again / "vae" / "config.json"
     config.write_text(config.read_text().replace("2.8184", "2.8185"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,18 @@ def test_writes_a_video_of_the_given_frames(image_hub: tuple[Path, Sampling], tm
     assert (videos[0] - videos[1]).abs().mean() > 1
     few = CliRunner().invoke(app(MODEL), [*words[:-2], "--out", str(tmp_path / "3.mp4")])
     assert few.exit_code == 2 and f"{words[-2]}: this network makes a video from" in few.output
+
+
+def test_libraries_say_nothing_of_what_is_not_used(image_hub: tuple[Path, Sampling], tmp_path: Path) -> None:
+    """In a process of its own, where nothing is imported yet."""
+    folder, what = image_hub
+    given = [("--image", what.image), ("--last-image", what.last_image)]
+    words = ["--prompt", "x", "--height", "32", "--width", "48", "--frames", "5", "--steps", "1"]
+    words += [str(word) for option, file in given if file is not None for word in (option, file)]
+    command = [sys.executable, "-m", "mindspeed_model_wan21", "generate", str(folder), *words]
+    done = subprocess.run([*command, "--out", str(tmp_path / "a.mp4")], capture_output=True, text=True, timeout=150)
+    shown = [line for line in done.stderr.replace("\r", "\n").splitlines() if not line.startswith("sampling: ")]
+    assert done.returncode == 0 and [line for line in shown if line.strip()] == []
 
 
 def test_mistakes_are_one_line(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,15 +96,28 @@ def demo(
         shows.run("generate", str(work / "exported"), "--prompt", caption, *options)
         best = opened.decode(opened.video(clip[None]))[0].cpu()
         sampled = read_frames(out, FRAMES, fps=FPS, size=(SIDE, SIDE))
-        rows += [clip, best, sampled]
+        named = {"original": clip, "the VAE's\nreconstruction": best, "sample": sampled}
+        rows += [labelled(_larger(row), text) for text, row in named.items()]
         reached = psnr(sampled, best)
         console.print(f"{caption!r}: {reached:.1f} dB from the VAE's own reconstruction (bar: {BAR:.0f})")
         if reached < BAR:
             raise UserError(f"{out}: {reached:.1f} dB from the reconstruction, the bar is {BAR:.0f}")
     sheet = work / "contact-sheet.png"
-    contact_sheet(sheet, [_larger(row) for row in rows])
-    console.print(f"original, reconstruction and sample of each clip: {sheet}")
+    contact_sheet(sheet, rows)
+    console.print(f"original, the VAE's reconstruction and sample of each clip: {sheet}")
+    console.print("The tiny VAE blurs: no sample can be sharper than its reconstruction.")
     console.print(f"\n[bold green]Done in {time.perf_counter() - begun:.0f} s.[/bold green] Everything is in {work}.")
+
+
+def labelled(row: Tensor, text: str) -> Tensor:
+    """Return frames uint8 ``[frames, 3, height, width]`` after one that says what they are."""
+    from PIL import Image, ImageDraw
+
+    _, _, height, width = row.shape
+    tile = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(tile).multiline_text((4, height / 2), text, fill="black")
+    pixels = torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return torch.cat((pixels.permute(2, 0, 1)[None], row))
 
 
 def _larger(clip: Tensor) -> Tensor:

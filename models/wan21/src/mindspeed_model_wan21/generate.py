@@ -12,6 +12,7 @@ import typer
 from mindspeed_model_core import launch, weights
 from mindspeed_model_core.data.media import read_frames, write_video
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.frozen import quiet
 from mindspeed_model_core.sampling import (
     Cp,
     Denoiser,
@@ -129,15 +130,14 @@ def find_shift(source: Path) -> float | None:
 
 def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
     """Return uint8 frames ``[frames, 3, height, width]``, by diffusers' pipeline with its UniPC scheduler."""
-    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+    from diffusers import UniPCMultistepScheduler
 
     given = _given(net.config, what)
     shift = net.config.shift if what.shift is None else what.shift
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )
-    kind: Any = WanImageToVideoPipeline if given else WanPipeline
-    pipeline = kind(
+    pipeline = _pipeline_class(bool(given))(
         tokenizer=encoders.tokenizer,
         text_encoder=encoders.text_encoder,
         vae=encoders.vae,
@@ -164,6 +164,15 @@ def sample(net: Wan21, encoders: Encoders, what: Sampling) -> Tensor:
         **options,
     ).frames[0]
     return (video.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _pipeline_class(image: bool) -> Any:
+    import diffusers
+
+    if not image:
+        return diffusers.WanPipeline
+    with quiet():  # of CLIP's own processor, which needs torchvision and is not used
+        return diffusers.WanImageToVideoPipeline
 
 
 def _given(config: Wan21Config, what: Sampling) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings
+from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings, quiet
 from mindspeed_model_core.showcase import letters, settle
 from mindspeed_model_core.tensorfile import write_json
 from torch import Tensor, nn
@@ -27,10 +27,16 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
     The VAE has the published strides and 16 latent channels; text embeddings are 32 wide, one token a letter; images
     become 5 tokens, 20 wide.
     """
+    folder = Path(folder)
+    with quiet():  # a bar for each part
+        _write(folder, image)
+    return folder
+
+
+def _write(folder: Path, image: bool) -> None:
     from diffusers import AutoencoderKLWan
     from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-    folder = Path(folder)
     vae = AutoencoderKLWan(base_dim=8, z_dim=LATENTS, num_res_blocks=1)
     settle(vae, 1).save_pretrained(folder / "vae")
 
@@ -64,7 +70,6 @@ def write_tiny_encoders(folder: str | Path, *, image: bool = True) -> Path:
         settle(clip, 3).save_pretrained(folder / "image_encoder")
         (folder / "image_processor").mkdir(parents=True, exist_ok=True)
         write_json(folder / "image_processor" / PREPROCESSOR, clip_settings(_IMAGE_SIZE))
-    return folder
 
 
 def train_tiny_vae(folder: str | Path, clips: Sequence[Tensor], steps: int = 200) -> float:
