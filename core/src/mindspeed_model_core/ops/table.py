@@ -93,7 +93,8 @@ class Op(Generic[P, R]):
 
         @functools.cache
         def compiled() -> Callable[P, R]:
-            return torch.compile(self.reference, dynamic=True)
+            # Widths stay constants, and so do the numbers of tokens until they change.
+            return torch.compile(self.reference, dynamic=None)
 
         def fused(*args: P.args, **kwargs: P.kwargs) -> R:
             return compiled()(*args, **kwargs)
