@@ -50,6 +50,7 @@ def rows() -> Iterator[Row]:
     wan, llama = (TOKENS, 1, WIDTH), (LLAMA, LLAMA)
     yield Row("rms_norm", "32760x1536", lambda r: (r(*wan), r(WIDTH), 1e-6))
     yield Row("rms_norm", "4096x4096", lambda r: (r(*llama), r(LLAMA), 1e-5))
+    yield Row("layer_norm", "32760x1536", lambda r: (r(*wan), r(WIDTH), r(WIDTH), 1e-6))
     yield Row("add_rms_norm", "4096x4096", lambda r: (r(*llama), r(*llama), r(LLAMA), 1e-5))
     yield Row("add_layer_norm", "32760x1536", lambda r: (r(*wan), r(*wan), r(WIDTH), r(WIDTH), 1e-6))
     yield Row("sum_of_squares", "32760x1536", lambda r: (r(*wan),))
@@ -59,6 +60,11 @@ def rows() -> Iterator[Row]:
     yield Row("rope_interleaved", "32760x12x128", lambda r: (r(TOKENS, 1, 12, 128), *tables(r, TOKENS)))
     yield Row("adaln", "32760x1536", lambda r: (r(*wan), learnt(r(1, WIDTH)), learnt(r(1, WIDTH)), 1e-6))
     yield Row("gated_add", "32760x1536", lambda r: (r(*wan), r(*wan), learnt(r(1, WIDTH))))
+    yield Row(
+        "cross_entropy",
+        "4096x32000",
+        lambda r: (r(LLAMA, 32000), torch.randint(32000, (LLAMA,), device=devices.pick())),
+    )
     heads = (32, 32, 32)
     ones = (LLAMA,)
     yield Row(

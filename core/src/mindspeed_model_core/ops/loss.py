@@ -70,7 +70,7 @@ def _direct(logits: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(_direct, dynamic=True)
+    return torch.compile(_direct, dynamic=None)
 
 
 # torch_npu's fused loss is none for this: it is in the logits' type, keeps all probabilities, and knows no ranks.

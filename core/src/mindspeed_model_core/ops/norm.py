@@ -16,7 +16,6 @@ Pair = tuple[Tensor, Tensor]
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dim (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-    # On CUDA this is one kernel of PyTorch's, forward and backward.
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -28,6 +27,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 )
 def _npu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]  # type: ignore[no-any-return]
+
+
+rms_norm.compiled_on("cuda")
 
 
 @op
@@ -91,8 +93,10 @@ rms_norm_given.compiled_on("cuda")
 @op
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dim, statistics in fp32 or wider."""
-    # CUDA and torch_npu each have one kernel for this.
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+layer_norm.compiled_on("cuda")  # torch_npu serves the reference by one kernel
 
 
 @op
