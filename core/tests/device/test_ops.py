@@ -5,7 +5,6 @@ import torch
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import ops
 from mindspeed_model_core.testing import op_cases
-from mindspeed_model_core.testing.op_cases.attention import CHUNKS, check_ring
 from mindspeed_model_core.testing.op_cases.case import in_types
 from mindspeed_model_core.testing.recomputation import Counted
 from mindspeed_model_core.testing.tolerance import assert_close, distance
@@ -54,10 +53,3 @@ def test_pytorch_takes_cudnn_where_it_is_best():
         ops.attention(q, q, q, (512,), causal=False)
         ops.full_attention(q[:, None], q[:, None], q[:, None])
     assert counted.calls == 3 * ["aten::_scaled_dot_product_cudnn_attention"]
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("name", CHUNKS)
-def test_chunks_of_a_ring_make_whole_attention(name, dtype, causal):
-    check_ring(name, devices.pick(), dtype, BOUND[dtype], causal)

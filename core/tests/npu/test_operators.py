@@ -329,6 +329,11 @@ def groups(*ends: int) -> Tensor:
     return torch.tensor(ends, device=NPU)
 
 
+def attend_back(statistics: Tensor) -> Any:
+    how = {"softmax_max": statistics, "softmax_sum": statistics, "attention_in": half(*Q)}
+    return ops.npu_fusion_attention_grad(*(half(*Q) for _ in range(4)), 4, "BNSD", **how)
+
+
 def added(total: Tensor, x: Tensor | None = None, ends: Tensor | None = None) -> Any:
     ends = groups(4) if ends is None else ends
     return ops.npu_grouped_matmul_add_(total, half(4, 8) if x is None else x, half(4, 8), ends)
@@ -381,6 +386,9 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "kv heads that do not divide": (lambda: attend(Q, (1, 3, 6, 8), (1, 3, 6, 8)), "share"),
     "a float mask": (lambda: attend(*SAME, atten_mask=half(6, 6)), "bool"),
+    "a mask that ends early": (lambda: attend(*SAME, atten_mask=half(4, 4).bool()), "every q and k"),
+    "a compressed mask without its mode": (lambda: attend(*SAME, atten_mask=upper()), "every q and k"),
+    "statistics kept once": (lambda: attend_back(single(1, 4, 6, 1)), "8 times"),
     "a mode without its mask": (lambda: attend(*SAME, sparse_mode=3), "needs atten_mask"),
     "a mode with a small mask": (lambda: attend(*SAME, sparse_mode=2, atten_mask=half(6, 6).bool()), "2048"),
     "the lower triangle": (lambda: attend(*SAME, sparse_mode=2, atten_mask=~upper()), "upper triangle"),

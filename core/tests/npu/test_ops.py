@@ -10,7 +10,6 @@ from mindspeed_model_core import ops
 from mindspeed_model_core.testing import npu_emulator
 from mindspeed_model_core.testing.dist import run_on
 from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
-from mindspeed_model_core.testing.op_cases.attention import CHUNKS, check_ring
 from mindspeed_model_core.testing.op_cases.case import in_types
 from mindspeed_model_core.testing.suite import needs_emulator
 
@@ -61,20 +60,3 @@ def test_each_op_of_its_own_kind_too(name: str) -> None:
     promised, made = run_on("npu", _check_at, 1, name, 1)[0]
     assert promised and promised <= made
     assert not run_on("npu", _check_at, 1, name, 0)[0][1]
-
-
-def _rings() -> set[str]:
-    from mindspeed_model_core.testing.npu_emulator.operators import CALLS
-
-    del CALLS[:]
-    for name in CHUNKS:
-        for dtype, bound in BOUND.items():
-            for causal in (False, True):
-                check_ring(name, NPU, dtype, bound, causal)
-    return {call.name for call in CALLS}
-
-
-def test_chunks_of_a_ring_make_whole_attention() -> None:
-    parts = ops.attention_with_lse, ops.attention_backward, ops.merge_attention
-    promised = {call for op in parts for entry in op.entries["npu"] for call in entry.calls}
-    assert promised <= run_on("npu", _rings, 1)[0]

@@ -21,6 +21,11 @@ FEW = {
     "no derivative written": {"refusal"},
     "powers after the step": {"value"},
     "average not updated": {"value"},
+    "gradient of the sum lost": {"value"},
+    "dropout forgotten": {"value"},
+    "ends of k forgotten": {"refusal"},
+    "kept statistics exchanged": {"value"},
+    "products' operands exchanged": {"refusal"},
 }
 
 

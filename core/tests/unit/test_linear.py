@@ -23,16 +23,6 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 37])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_a_product_is_added_without_rounding(tokens: int, dtype: torch.dtype) -> None:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    total, a, b = draw(7, 5, dtype=wide), draw(tokens, 7, dtype=dtype), draw(tokens, 5, seed=1, dtype=dtype)
-    want = total.double() + a.double().T @ b.double()
-    assert ops.accumulate_product_(total, a, b) is total
-    assert torch.allclose(total.double(), want, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
-
-
 def _layer(weight: Tensor, total: Tensor | None) -> Tensor:
     weight = weight.clone().requires_grad_()
     if total is not None:

@@ -10,7 +10,6 @@ from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.ops import table
 from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
-from mindspeed_model_core.testing.op_cases.attention import CHUNKS, check_ring
 from mindspeed_model_core.testing.op_cases.case import in_types, serving
 from torch import Tensor
 
@@ -36,13 +35,6 @@ def test_no_npu_is_given_fp64() -> None:
 def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype) -> None:
     with ops.at_level(level):
         CHECKS[name](CPU, dtype, BOUND[dtype])
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("name", CHUNKS)
-def test_chunks_of_a_ring_make_whole_attention(name, dtype, causal) -> None:
-    check_ring(name, CPU, dtype, BOUND[dtype], causal)
 
 
 def test_a_causal_chunk_is_the_queries_own() -> None:
@@ -74,6 +66,28 @@ def test_keys_that_are_not_there_weigh_nothing() -> None:
 def test_an_npu_serves_attention_of_the_documented_sizes(heads, width, dtype, lengths, taken) -> None:
     q = torch.empty(sum(lengths), heads, width, dtype=dtype)
     assert (ops.attention.serving("npu", q, q, q, lengths) is not None) == taken
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out", "width", "dtype", "taken"),
+    [
+        (4, 65535, 1, torch.bfloat16, True),
+        (1, 1, 65535, torch.float16, True),
+        (4, 65536, 1, torch.bfloat16, False),
+        (4, 1, 65536, torch.bfloat16, False),
+        (0, 7, 5, torch.bfloat16, False),
+        (5, 7, 5, torch.float32, False),
+    ],
+)
+def test_an_npu_adds_products_of_the_documented_sizes(tokens, out, width, dtype, taken) -> None:
+    total, a, b = (
+        torch.empty(out, width),
+        torch.empty(tokens, out, dtype=dtype),
+        torch.empty(tokens, width, dtype=dtype),
+    )
+    assert (ops.accumulate_product_.serving("npu", total, a, b) is not None) == taken
+    fused = ops.accumulate_product_.serving("cuda", total, a, b)
+    assert (fused is not None) == (dtype != torch.float32)
 
 
 def test_a_window_is_counts_or_minus_one() -> None:

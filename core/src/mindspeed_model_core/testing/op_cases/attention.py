@@ -135,12 +135,24 @@ CASES = (
 )
 
 
-def check_ring(name: str, device: torch.device, dtype: torch.dtype, bound: float, causal: bool) -> None:
+def check_ring(device: torch.device, dtype: torch.dtype, bound: float) -> None:
     """Hold attention and its gradients, found chunk by chunk of the keys and merged, against the whole's.
 
-    Queries are the first chunk's tokens; with ``causal`` they attend to no later token of their own chunk, and to all
-    of the others, as later tokens do to earlier ones.
+    Queries are the first chunk's tokens; where they are causal they attend to no later token of their own chunk, and to
+    all of the others, as later tokens do to earlier ones.
     """
+    for name in CHUNKS:
+        for causal in (False, True):
+            found, want = _ring(name, device, dtype, causal)
+            said = f"{name}, {'causal' if causal else 'full'}:"
+            assert_close(
+                {f"{said} {n}": x for n, x in found.items()}, {f"{said} {n}": x for n, x in want.items()}, bound
+            )
+
+
+def _ring(
+    name: str, device: torch.device, dtype: torch.dtype, causal: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     width, heads, kv_heads, chunks = CHUNKS[name]
     rows, others = chunks[0], sum(chunks)
     drawn = [draw(n, 2, h, width, seed=s) for s, (n, h) in enumerate(((rows, heads), (others, kv_heads)) * 2)]
@@ -161,7 +173,7 @@ def check_ring(name: str, device: torch.device, dtype: torch.dtype, bound: float
     gradients = torch.autograd.grad(want["out"], (q, k, v), grad.cpu().double())
     want |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     assert all(not x.requires_grad for x in got.values())
-    assert_close({n: x.cpu().double() for n, x in got.items()}, {n: x.detach() for n, x in want.items()}, bound)
+    return {n: x.cpu().double() for n, x in got.items()}, {n: x.detach() for n, x in want.items()}
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, own: int, causal: bool) -> tuple[Tensor, Tensor]:

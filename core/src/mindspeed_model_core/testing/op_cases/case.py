@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...ops.table import Entry, Op
+from ...ops.table import Entry, Op, at_level
 from ..tolerance import assert_close
 
 
@@ -57,17 +57,26 @@ def serving(case: Case, kind: str, dtype: torch.dtype) -> Entry | None:
 
 
 def run(case: Case, device: torch.device, dtype: torch.dtype) -> Outcome:
-    """Compute an op and its gradients on a device."""
+    """Compute an op and its gradients on a device. Raises AssertionError if a value's type is not the reference's."""
     operands = [_cast(x, device, dtype) for x in case.operands]
     rest = [_moved(x, device) for x in case.rest]
     entry = case.op.serving(device.type, *operands, *rest, **case.named)
-    return Outcome(entry, _differentiate(case.op, operands, rest, case.named))
+    made = case.op(*operands, *rest, **case.named)
+    types, right = [x.dtype for x in _listed(made)], _types(case, dtype)
+    assert types == right, f"values are {types}, the reference's {right}"
+    return Outcome(entry, _differentiate(made, operands))
+
+
+def _types(case: Case, dtype: torch.dtype) -> list[torch.dtype]:
+    operands = [_cast(x, torch.device("cpu"), dtype) for x in case.operands]
+    with torch.no_grad(), at_level(0):
+        return [x.dtype for x in _listed(case.op(*operands, *case.rest, **case.named))]
 
 
 def wanted(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the formula's values and gradients in fp64, for operands rounded to ``dtype``."""
     operands = [_cast(_cast(x, torch.device("cpu"), dtype).detach(), None, torch.float64) for x in case.operands]
-    return _differentiate(case.formula, operands, list(case.rest), case.named)
+    return _differentiate(case.formula(*operands, *case.rest, **case.named), operands)
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype, bound: float) -> Outcome:
@@ -87,11 +96,12 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _differentiate(
-    function: Callable[..., Any], operands: list[Tensor], rest: list[Any], named: dict[str, Any]
-) -> dict[str, Tensor]:
-    made = function(*operands, *rest, **named)
-    outs = [made] if isinstance(made, Tensor) else list(made)
+def _listed(made: Any) -> list[Tensor]:
+    return [made] if isinstance(made, Tensor) else list(made)
+
+
+def _differentiate(made: Any, operands: list[Tensor]) -> dict[str, Tensor]:
+    outs = _listed(made)
     found = {f"value {n}": out for n, out in enumerate(outs)}
     smooth = [out for out in outs if out.is_floating_point() and out.requires_grad]
     learn = {f"gradient {n}": x for n, x in enumerate(operands) if x.requires_grad}

@@ -159,6 +159,11 @@ def _check_attention(
         require(sparse_mode == 0, f"sparse_mode={sparse_mode} needs atten_mask, else all is attended to")
     else:
         _check_mask(atten_mask, sparse_mode, layout)
+        if sparse_mode < 2 and layout != "TND":
+            at = {"BNSD": 2, "SBH": 0}.get(layout, 1)
+            whole = query.shape[at], key.shape[at]
+            said = f"sparse_mode={sparse_mode} takes a mask of every q and k, {whole}, not {tuple(atten_mask.shape)}"
+            require(tuple(atten_mask.shape[-2:]) == whole, said)
     if layout == "TND":
         for name, given, tokens in (("q", actual_seq_qlen, query), ("kv", actual_seq_kvlen, key)):
             ends = _whole(given)
@@ -314,6 +319,12 @@ reference("npu_fusion_attention_grad_v2")(_version(_backward, 4, second=True))
 
 
 # --- ring attention
+
+
+@rule("npu_fusion_attention_grad")
+def _check_backward(softmax_max: Tensor | None, softmax_sum: Tensor | None, **_: object) -> None:
+    for name, given in (("softmax_max", softmax_max), ("softmax_sum", softmax_sum)):
+        require(given is not None and given.shape[-1] == 8, f"{name} is given, each row's value 8 times")
 
 
 @rule("npu_ring_attention_update")
