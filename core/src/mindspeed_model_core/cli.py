@@ -57,7 +57,7 @@ Nproc = Annotated[
 Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")]
 
 _WIDE = 160
-"""Columns of a terminal from which recipes are a table."""
+"""Columns of a terminal from which recipes and ops are a table."""
 
 _PLAIN_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -336,8 +336,8 @@ def app(model: Model) -> typer.Typer:
         whole = not chosen.parts or any((destination / name).exists() for name in chosen.extras)
         if extras_from is None and not whole and chosen.detect(destination):
             typer.echo(
-                f"{destination}: holds no {', '.join(chosen.extras)}: what goes with the network was not found, or not "
-                f"whole, with {source}; --extras-from DIR adds it",
+                f"{destination}: is no whole pipeline, it lacks {', '.join(chosen.extras)}: what goes with the network was "
+                f"not found, or not whole, with {source}; --extras-from DIR adds it",
                 err=True,
             )
 
@@ -520,16 +520,27 @@ def common_app() -> typer.Typer:
         if kind is not None and kind not in device.KINDS:
             raise UserError(f"--device={kind}: not a kind of device{nearest(kind, device.KINDS)}")
         kind = kind or device.pick().type
-        table = _table("op", "level", "served by", "for")
+        rows = []
         for name, op in sorted(TABLE.items()):
             there = op.entries.get(kind, [])
             serving = [entry for entry in there if entry.level <= level()]
             for entry in serving:
-                table.add_row(name, str(entry.level), " ".join(entry.calls), entry.when)
+                rows.append((name, str(entry.level), " ".join(entry.calls), entry.when))
             if all(entry.when != "all" for entry in serving):
                 reason = f"level {level()}" if there else f"no {kind} entry"
-                table.add_row(name, "0", "reference", "the rest" if serving else f"all: {reason}")
-        _print(table)
+                rows.append((name, "0", "reference", "the rest" if serving else f"all: {reason}"))
+        console = Console(highlight=False)
+        if console.is_terminal and console.width < _WIDE:
+            for name, wanted, by, where in rows:
+                console.print(f"[bold]{name}[/bold]  level {wanted}", soft_wrap=True)
+                for call in by.split():
+                    console.print(f"  {call}", soft_wrap=True)
+                console.print(Padding(f"for {where}", (0, 0, 0, 4)))
+        else:
+            table = _table("op", "level", "served by", "for")
+            for row in rows:
+                table.add_row(*row)
+            _print(table)
         asked = "0 for all" if level() == 0 else "the recipe's optimization_level"
         does = "makes" if level() == 0 else "would make"
         typer.echo(f"\n{kind}; level: {asked}; {VARIABLE}=reference {does} it 0")

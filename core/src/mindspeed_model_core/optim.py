@@ -41,10 +41,8 @@ class AdamW:
         self.average = Average(self.shards, config.ema) if config.ema is not None else None
         groups = [s for s in self.shards if len(s.shape) > 1], [s for s in self.shards if len(s.shape) <= 1]
         self.groups = [(g, d) for g, d in zip(groups, (config.weight_decay, 0.0), strict=True) if g]
-        # The number of updates: on the device, where it decides about one, else on the host, where its kernel wants it.
-        device = parallel.mesh.device
-        self.skips = devices.skips_updates(device)
-        self.count = torch.zeros((), dtype=torch.float32, device=device if self.skips else "cpu")
+        self.skips = devices.skips_updates(parallel.mesh.device)
+        self.count = torch.zeros((), dtype=torch.float32, device=parallel.mesh.device)
         self.state: dict[str, dict[str, Tensor]] = {}
 
     def step(self, lr: float) -> Tensor:

@@ -147,8 +147,8 @@ class Session:
         self.number += 1
         count = torch.full((), float(terms), device=mesh.device)
         work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
-        batches = [task.encode(_to(batch, mesh.device)) for batch in batches]
         with ops.at_level(recipe.optimization_level):
+            batches = [task.encode(_to(batch, mesh.device)) for batch in batches]
             loss = pipeline.run(self.parallel, batches, task.loss, count)
             self.parallel.gradients.reduce()
             norm = self.optimizer.step(learning_rate(recipe.optim, self.number, recipe.steps))

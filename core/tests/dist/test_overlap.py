@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from mindspeed_model_core import lora, ops
-from mindspeed_model_core.recipe import LoraConfig
+from mindspeed_model_core.parallel import apply
+from mindspeed_model_core.parallel.mesh import open_mesh
+from mindspeed_model_core.recipe import LoraConfig, ParallelConfig
 from mindspeed_model_core.testing import toy
 from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_core.testing.equivalence import Job, Trace, assert_equivalent, trace, whole
@@ -347,3 +349,17 @@ def test_shards_of_fsdp_take_their_gradient_from_autograd() -> None:
     job = Job(plain.build, plain.task, plain.batches, steps=1, precision="bf16")
     found = run_dist(_in_bf16, 4, job, {"tp": 2, "sequence": True, "shard": "zero2", "overlap_chunks": 2})
     assert [calls for calls, _ in found] == [0] * 4
+
+
+def _asked(layout: dict[str, Any]) -> set[int]:
+    """Return in how many parts the cut layers of a spread network are asked to overlap."""
+    config = ParallelConfig(**layout)
+    with torch.device("meta"):
+        net: Any = toy.Toy(toy.ToyConfig())
+    apply.parallelize(net, open_mesh(config, torch.device("cpu")), config)
+    return {module.tp.chunks for module in net.modules() if getattr(module, "tp", None) is not None}
+
+
+def test_the_recipes_chunks_reach_every_layer() -> None:
+    assert run_dist(_asked, 2, {"tp": 2, "overlap_chunks": 4}) == [{4}] * 2
+    assert run_dist(_asked, 2, {"tp": 2}) == [{1}] * 2

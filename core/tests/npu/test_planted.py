@@ -19,7 +19,7 @@ FEW = {
     "eps dropped": {"value"},
     "ends called sizes": {"refusal"},
     "no derivative written": {"refusal"},
-    "powers after the step": {"value"},
+    "betas exchanged": {"value"},
     "average not updated": {"value"},
     "gradient of the sum lost": {"value"},
     "dropout forgotten": {"value"},

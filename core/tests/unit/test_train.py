@@ -9,7 +9,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from mindspeed_model_core import checkpoint, metrics, train
+from mindspeed_model_core import checkpoint, metrics, ops, train
 from mindspeed_model_core.data.slots import CONTENT
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing import toy
@@ -331,3 +331,16 @@ def test_a_mistake_met_at_once_after_resuming_can_be_mended_too(tmp_path, monkey
             train.run(toy.recipe(), toy.TOY, run, resume=True)
     monkeypatch.setattr(Fickle, "content", "mended")
     assert train.run(toy.recipe(), toy.TOY, run, resume=True).finished
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_step_is_done_at_the_recipes_level(tmp_path, monkeypatch, level):
+    """The network and the update are, and only they: the fused update runs from level 1."""
+    seen, fused = [], torch._fused_adamw_
+    run_pipeline = train.pipeline.run
+    monkeypatch.setattr(train.pipeline, "run", lambda *args: (seen.append(ops.level()), run_pipeline(*args))[1])
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: (seen.append("fused"), fused(*a, **k))[1])
+    train.run(toy.recipe(steps=2, optimization_level=level), toy.TOY, tmp_path / "run")
+    assert seen.count(level) == 2 and ("fused" in seen) == (level > 0) and ops.level() == 2
+    train.run(toy.recipe(steps=2), toy.TOY, tmp_path / "default")
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "default"), rel=1e-5)

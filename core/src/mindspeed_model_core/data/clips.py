@@ -22,7 +22,7 @@ from ..recipe import Recipe, Section, local
 from ..trunk import Batch
 from .buckets import Bucket, BucketSource, aspect_buckets, fit
 from .features import INDEX
-from .media import Denied, Item, read_frames, read_list
+from .media import Denied, Item, check_file, read_frames, read_list
 from .ranks import agree, spread
 from .slots import CONTENT, SlotLoader
 
@@ -235,7 +235,8 @@ def open_reader(reader: Reader, recipe: Recipe, rank: int, ranks: int, *, worker
 
 
 def content(path: Path) -> dict[str, str]:
-    """Return the fact that tells a file's content; UserError unless it is the same on all ranks."""
+    """Return the fact that tells a file's content; UserError unless it is there, and the same on all ranks."""
+    check_file(path)
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(2**20):
@@ -325,8 +326,8 @@ class Clips:
     """
 
     def __init__(self, path: Path, data: PictureData) -> None:
-        facts = content(path)
         items = read_list(path)
+        facts = content(path)
         self.bad = BadFiles(data.on_bad)
         self.clips = usable(items, data, self.bad)
         self.bad.report(len(items))

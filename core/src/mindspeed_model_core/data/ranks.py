@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -36,16 +36,21 @@ def agree(name: str, value: object) -> None:
 def spread(look: Callable[[T], R], items: Sequence[T]) -> list[R | UserError]:
     """Return what ``look`` finds of each item, or the UserError it raises; ranks share out the items, all get all.
 
-    Looking once is not only faster: a file that one host cannot read is then bad on all of them.
+    Looking once is not only faster: a file that one host cannot read is then bad on all of them. What else is raised
+    on one rank is raised on all, so that none waits for it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def found(item: T) -> R | UserError:
+    def found(item: T) -> R | Exception:
         try:
             return look(item)
-        except UserError as error:
+        except Exception as error:
             return error
 
     with ThreadPoolExecutor(_READERS) as pool:
-        shares = gather(list(pool.map(found, items[rank::world])))
+        shares: list[Any] = gather(list(pool.map(found, items[rank::world])))
+    for share in shares:
+        for each in share:
+            if isinstance(each, Exception) and not isinstance(each, UserError):
+                raise each
     return [shares[number % world][number // world] for number in range(len(items))]

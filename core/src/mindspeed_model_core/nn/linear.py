@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.linear import accumulator, weight_gradient
 from ..parallel.placement import Placement
 from ..parallel.tensor import TensorParallel
 
@@ -63,7 +64,7 @@ class Linear(nn.Linear):
     def _project(self, x: Tensor) -> Tensor:
         if self.tp is None or self.split is None:
             if x.dtype != self.weight.dtype == torch.bfloat16:
-                return _Wide.apply(x, self.weight, self.bias)
+                return _Wide.apply(x, self.weight, self.bias, accumulator(self.weight))
             return ops.linear(x, self.weight, self.bias)
         if self.split == "out":
             return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
@@ -74,7 +75,8 @@ class _Wide(torch.autograd.Function):
     """A linear map in the input's dtype; the weights' copies in it live no longer than each product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor | None) -> Tensor:
+        ctx.total = total
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -82,8 +84,10 @@ class _Wide(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
+        to_weight = weight_gradient(ctx.total, rows, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         return (
             grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None,
-            (rows.T @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            None if to_weight is None else to_weight.to(weight.dtype),
             rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None,
+            None,
         )

@@ -16,9 +16,8 @@ Tensors = list[Tensor]
 class Update:
     """Which update it is, and what of.
 
-    ``step`` counts the updates, this one among them: a tensor without dims, on the device or, for NPUs, whose kernel
-    wants a number, on the host. Where ``skip``, a tensor without dims on the device, is 1, weights and moments stay
-    as they are.
+    ``step`` counts the updates, this one among them: a tensor without dims on the device. Where ``skip``, another, is
+    1, weights and moments stay as they are.
     """
 
     step: Tensor
@@ -56,21 +55,8 @@ def _fused_takes(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Ten
 
 
 def _npu_takes(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> bool:
-    fits = weights[0].dtype in FLOATS and all(1 <= t.dim() <= 8 for t in weights)
-    return fits and update.skip is None and _fused_takes(weights, grads, firsts, seconds)
-
-
-@adamw_.on("npu", "npu_apply_adam_w", when="fp16, bf16, fp32, all alike; 1 to 8 dims; no skip", takes=_npu_takes)
-@torch.no_grad()
-def _npu_adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> None:
-    low, high = update.betas
-    before = float(update.step) - 1  # the kernel multiplies the powers once more
-    for weight, grad, first, second in zip(weights, grads, firsts, seconds, strict=True):
-        if weight.numel():
-            torch.ops.npu.npu_apply_adam_w.out(
-                low**before, high**before, update.lr, update.weight_decay, low, high, update.eps,
-                grad, None, False, False, out=[weight, first, second],
-            )  # fmt: skip
+    # Whether its kernel heeds a skip is not known.
+    return weights[0].dtype in FLOATS and update.skip is None and _fused_takes(weights, grads, firsts, seconds)
 
 
 @torch.no_grad()
@@ -84,6 +70,8 @@ def _torch_adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Te
 
 for _kind in ("cuda", "cpu"):
     adamw_.on(_kind, "_fused_adamw_", when="all of one type", takes=_fused_takes)(_torch_adamw_)
+# Not npu_apply_adam_w: it is given its numbers in the gradient's type, and in bf16 a beta of 0.999 is 1.
+adamw_.on("npu", "_fused_adamw_", when="fp16, bf16, fp32, all of one type; no skip", takes=_npu_takes)(_torch_adamw_)
 
 
 @op
@@ -119,15 +107,15 @@ def _ema_adamw_(
     torch._foreach_lerp_(averages, new, 1 - decay)
 
 
-ema_adamw_.on(
-    "npu",
-    "npu_apply_adam_w",
-    when="fp16, bf16, fp32, all but averages alike; 1 to 8 dims; no skip",
-    takes=lambda weights, grads, firsts, seconds, averages, update, decay: _npu_takes(
-        weights, grads, firsts, seconds, update
-    ),
-)(_ema_adamw_)
 for _kind in ("cuda", "cpu"):
     ema_adamw_.on(_kind, "_fused_adamw_ _foreach_lerp_", when="all but averages of one type", takes=_fused_takes)(
         _ema_adamw_
     )
+ema_adamw_.on(
+    "npu",
+    "_fused_adamw_ _foreach_lerp_",
+    when="fp16, bf16, fp32, all but averages of one type; no skip",
+    takes=lambda weights, grads, firsts, seconds, averages, update, decay: _npu_takes(
+        weights, grads, firsts, seconds, update
+    ),
+)(_ema_adamw_)

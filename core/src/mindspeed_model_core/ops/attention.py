@@ -7,6 +7,7 @@ of k and v (Ainslie et al. 2023, arXiv:2305.13245).
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -139,12 +140,16 @@ def _takes_packed(
 
 @functools.cache
 def _varlen() -> Any:
-    """Return PyTorch's variable-length flash attention; None before 2.10. Importing it takes seconds."""
+    """Return PyTorch's variable-length flash attention; None before 2.11, whose takes no window, and on old devices.
+
+    Importing it takes seconds.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    takes_windows = "window_size" in inspect.signature(varlen_attn).parameters
+    return varlen_attn if takes_windows and torch.cuda.get_device_capability() >= (8, 0) else None
 
 
 @attention.on(
@@ -198,11 +203,11 @@ def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --- NPU
 
 
-def npu_takes(q: Tensor, k: Tensor) -> bool:
-    """Whether npu_fusion_attention takes q and k ``[..., heads, width]`` of up to a million tokens, batches apart."""
+def npu_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether npu_fusion_attention takes q, k and v ``[..., heads, width]`` of up to a million tokens each."""
     heads, width = q.shape[-2:]
     sizes = width <= 768 and heads <= 256 and min(len(q), len(k)) > 0 and max(len(q), len(k)) <= 2**20
-    return sizes and q.dtype in FLOATS and q.dtype == k.dtype
+    return sizes and q.dtype in FLOATS and q.dtype == k.dtype == v.dtype
 
 
 def npu_mask(band: Band, device: torch.device) -> dict[str, Any]:
@@ -226,7 +231,7 @@ def _triangle(device: torch.device) -> Tensor:
     "npu",
     "npu_fusion_attention npu_fusion_attention_grad",
     when="fp16, bf16, fp32; heads to 256, width to 768; documents of one length",
-    takes=lambda q, k, v, lengths, **_: npu_takes(q, k) and _alike(lengths),
+    takes=lambda q, k, v, lengths, **_: npu_takes(q, k, v) and _alike(lengths),
 )
 def _npu_equal(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
@@ -242,7 +247,7 @@ def _npu_equal(
     "npu",
     "npu_fusion_attention npu_fusion_attention_grad",
     when="fp16, bf16, fp32; heads to 256, width to 768; to 1024 documents",
-    takes=lambda q, k, v, lengths, **_: npu_takes(q, k) and len(_documents(lengths)) <= 1024,
+    takes=lambda q, k, v, lengths, **_: npu_takes(q, k, v) and len(_documents(lengths)) <= 1024,
 )
 def _npu_packed(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
@@ -259,7 +264,7 @@ def _npu_packed(
     "npu",
     "npu_fusion_attention npu_fusion_attention_grad",
     when="fp16, bf16, fp32; heads to 256, width to 768; tokens and others to 2^20",
-    takes=lambda q, k, v: npu_takes(q, k) and q.shape[1] > 0,
+    takes=lambda q, k, v: npu_takes(q, k, v) and q.shape[1] > 0,
 )
 def _npu_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     a, b, c = (x.flatten(2) for x in (q, k, v))

@@ -119,6 +119,10 @@ class _Fused(_InTurn):
         backend = self.group._get_backend(torch.device("npu"))
         return str(backend.get_hccl_comm_name(dist.get_rank()))
 
+    def gather(self, x: Tensor) -> _Pending:
+        """Join all ranks' rows before an operator uses the group's communicator on another stream."""
+        return _Pending(super().gather(x).wait(), [], [])
+
     def gathered(self, x: Tensor, matrix: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         product, joined = torch.ops.npu.npu_all_gather_base_mm(x, matrix, self.name, self.size, gather_output=keep)
         return product, joined
@@ -232,7 +236,9 @@ def _halves(x: Tensor, weight: Tensor) -> bool:
 
 
 def _sums(x: Tensor, weight: Tensor, group: Any) -> bool:
-    return _halves(x, weight) and group.size() in (1, 2, 4, 8)
+    # Of the three operators, CANN documents this one for inference alone.
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not learns and _halves(x, weight) and group.size() in (1, 2, 4, 8)
 
 
 def _shares(x: Tensor, weight: Tensor, group: Any) -> bool:
@@ -241,16 +247,9 @@ def _shares(x: Tensor, weight: Tensor, group: Any) -> bool:
     return _halves(x, weight) and wide and group.size() in (2, 4, 8)
 
 
-_ANY = "fp16, bf16; 1, 2, 4 or 8 ranks; not empty"
+_ANY = "without gradients; fp16, bf16; 1, 2, 4 or 8 ranks; not empty"
 _WIDE = "fp16, bf16; both widths of the weight's share from 256 to 65534; 2, 4 or 8 ranks; not empty"
 _GATHERS = "npu_all_gather_base_mm npu_mm_reduce_scatter_base"
-
-
-@column_matmul.on(
-    "npu", "npu_mm_all_reduce_base", when=_ANY, takes=lambda x, w, b, group, chunks=1: _sums(x, w, group), level=2
-)
-def _fused_column(x: Tensor, weight: Tensor, bias: Tensor | None, group: Any, chunks: int = 1) -> Tensor:
-    return _column(x, weight, bias, _Fused(group), tokens=False)
 
 
 @all_gather_matmul.on("npu", _GATHERS, when=_WIDE, takes=lambda x, w, b, group, chunks=1: _shares(x, w, group), level=2)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .table import op
+from .table import keep_graphs, op
 
 IGNORE = -100
 
@@ -70,6 +70,7 @@ def _direct(logits: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    keep_graphs()
     return torch.compile(_direct, dynamic=None)
 
 

@@ -122,8 +122,8 @@ def _flash_backward(
 # --- NPU: the softmax's statistics are its maximum and sum, 8 times each; lse and 1 are such a pair as well
 
 
-def _npu_takes(q: Tensor, k: Tensor, causal: bool) -> bool:
-    return npu_takes(q, k) and _fits(q, k, causal)
+def _npu_takes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    return npu_takes(q, k, v) and _fits(q, k, causal)
 
 
 def _statistics(lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _statistics(lse: Tensor) -> tuple[Tensor, Tensor]:
     "npu",
     "npu_fusion_attention",
     when="fp16, bf16, fp32; heads to 256, width to 768",
-    takes=lambda q, k, v, causal: _npu_takes(q, k, causal),
+    takes=lambda q, k, v, causal: _npu_takes(q, k, v, causal),
 )
 @torch.no_grad()
 def _npu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ def _npu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]
     "npu",
     "npu_fusion_attention_grad",
     when="fp16, bf16, fp32; heads to 256, width to 768; lse in fp32",
-    takes=lambda grad, q, k, v, out, lse, causal: _npu_takes(q, k, causal) and lse.dtype == torch.float32,
+    takes=lambda grad, q, k, v, out, lse, causal: _npu_takes(q, k, v, causal) and lse.dtype == torch.float32,
 )
 @torch.no_grad()
 def _npu_backward(

@@ -93,6 +93,7 @@ class Op(Generic[P, R]):
 
         @functools.cache
         def compiled() -> Callable[P, R]:
+            keep_graphs()
             # Widths stay constants, and so do the numbers of tokens until they change.
             return torch.compile(self.reference, dynamic=None)
 
@@ -132,6 +133,13 @@ def _forced() -> bool:
     if value not in ("", "reference"):
         raise UserError(f"{VARIABLE}={value!r}: is reference, or not set{nearest(value, ['reference'])}")
     return value == "reference"
+
+
+def keep_graphs() -> None:
+    """Let an op have more graphs than PyTorch's 8, beyond which it would run uncompiled: one for each type and rank."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def _kind(operand: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,21 @@ OWN = frozenset(
 """Operators that need memory and copies alone: torch_npu's code runs."""
 SINGLE = frozenset("mm bmm addmm baddbmm addbmm addmv mv dot linear matmul convolution convolution_backward".split())
 """Operators of the matrix unit, which takes no fp64 (CANN's aclnnMatmul and aclnnConvolution)."""
+
+FUSED = frozenset({"_fused_adamw_", "_foreach_lerp_"})
+"""Operators of PyTorch that stand in the table of ops as torch_npu's own do: their calls are kept too."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A fused operator that was called, and its operands' shapes."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+
+
+CALLS: list[Call] = []
+"""Every fused call of this process so far: a test sees by it that the fused path was taken."""
 
 _libraries: list[torch.library.Library] = []
 
@@ -61,6 +77,8 @@ def _kernel(full: str, name: str) -> Callable[..., Any] | None:
     single = base in SINGLE
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if base in FUSED:
+            CALLS.append(Call(base, tuple(tuple(x.shape) for x in args[0])))
         if single and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
             raise RuntimeError(f"aten::{name} takes no float64 on an NPU")
         return on_cpu(function, args, kwargs, seeded=seeded)

@@ -13,28 +13,17 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .aten import on_cpu, on_host
+from .aten import CALLS, Call, on_cpu, on_host
 
 Function = Callable[..., Any]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True)
-class Call:
-    """A fused operator that was called, and its operands' shapes."""
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-
-
-CALLS: list[Call] = []
-"""Every fused call of this process so far: a test sees by it that the fused path was taken."""
 REFERENCES: dict[str, Function] = {}
 RULES: dict[str, list[Function]] = {}
 MEMORY = frozenset(

@@ -10,7 +10,7 @@ from ..tolerance import assert_close
 from .case import draw
 
 SHAPES = ((7, 13), (5,), (0, 3), (2, 3, 4))
-BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.8
+BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.8
 STEPS = ((1e-2, False), (5e-3, False), (1e-2, True), (2e-3, False))
 """Learning rate of each step, and whether it is one that must change nothing."""
 
@@ -33,7 +33,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype, bound: float) ->
     mean = [w.detach().clone() for w in learn]
     inner = torch.optim.AdamW(learn, betas=BETAS, eps=EPS, weight_decay=0.3, foreach=False, fused=False)
     skips = device.type != "npu"
-    step = torch.zeros((), device=device if skips else "cpu")
+    step = torch.zeros((), device=device)
     for number, (lr, skipped) in enumerate(STEPS):
         if skipped and not skips:
             continue

@@ -215,6 +215,8 @@ def _check_adam_w(
     grad: Tensor, amsgrad: bool | None, max_grad_norm: Tensor | None, out: list[Tensor], **_: object
 ) -> None:
     require(len(out) == 3, "out is the weight and its two moments")
+    # Its numbers are handed over in grad's type.
+    require(grad.dtype == torch.float32, f"grad is fp32: in {grad.dtype} a beta near 1 is 1")
     require(all(t.dtype == grad.dtype and t.shape == grad.shape for t in out), "grad and out have one shape and type")
     require(not amsgrad or max_grad_norm is not None, "amsgrad needs max_grad_norm")
 
