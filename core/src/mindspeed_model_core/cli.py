@@ -336,8 +336,8 @@ def app(model: Model) -> typer.Typer:
         whole = not chosen.parts or any((destination / name).exists() for name in chosen.extras)
         if extras_from is None and not whole and chosen.detect(destination):
             typer.echo(
-                f"{destination}: is no whole pipeline, it lacks {', '.join(chosen.extras)}: what goes with the network was "
-                f"not found, or not whole, with {source}; --extras-from DIR adds it",
+                f"{destination}: is no whole pipeline, it lacks {', '.join(chosen.extras)}: what goes with the network "
+                f"was not found, or not whole, with {source}; --extras-from DIR adds it",
                 err=True,
             )
 

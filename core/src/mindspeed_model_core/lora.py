@@ -88,8 +88,7 @@ class Adapter(nn.Module):
             shape[0] *= tokens.size
         if features is not None:
             shape[-1] *= features.size
-        draw = self.noise.generator(self.name, x.device)
-        dropped = torch.rand(shape, device=x.device, generator=draw) < self.dropout
+        dropped = self.noise.uniform(shape, self.name, x.device) < self.dropout
         if cp is not None:
             dropped = dropped.narrow(0, *cp.share(len(dropped)))
         if tokens is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,10 +32,13 @@ class Noise:
     seed: int = 0
     tokens: int = 0
 
-    def generator(self, name: str, device: torch.device) -> torch.Generator:
-        """Return a layer's generator, by its name in the whole network."""
+    def uniform(self, shape: Sequence[int], name: str, device: torch.device) -> Tensor:
+        """Draw numbers between 0 and 1 for a layer, by its name in the whole network."""
+        if device.type == "meta":
+            return torch.empty(shape, device=device)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.rand(shape, device=device, generator=generator)
 
 
 class Trunk(nn.Module, ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -137,3 +138,25 @@ def test_the_environment_asks_for_the_reference(double, monkeypatch) -> None:
     finally:
         monkeypatch.undo()
         table._forced.cache_clear()
+
+
+def test_a_width_that_changes_gets_a_graph_of_its_own(monkeypatch) -> None:
+    graphs = []
+
+    def recorded(graph, _):
+        values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        graphs.append(next([str(size) for size in x.shape] for x in values if isinstance(x, Tensor)))
+        return graph.forward
+
+    def double(x: Tensor, labels: Tensor) -> Tensor:
+        return x.sum(-1) * labels
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=recorded))
+    torch._dynamo.reset()
+    call = table.compiled(double)
+    for rows, width in [(4, 8), (5, 8), (6, 8), (6, 16), (7, 16), (9, 24), (9, 8)]:
+        assert torch.equal(call(torch.ones(rows, width), torch.ones(rows)), torch.full((rows,), float(width)))
+    assert [width for _, width in graphs] == ["8", "8", "16", "24"]
+    assert not graphs[1][0].isdigit()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .table import keep_graphs, op
+from .table import compiled, op
 
 IGNORE = -100
 
@@ -68,10 +66,7 @@ def _direct(logits: Tensor, labels: Tensor) -> Tensor:
     return (wide.logsumexp(-1) - target) * (labels != IGNORE)
 
 
-@functools.cache
-def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
-    keep_graphs()
-    return torch.compile(_direct, dynamic=None)
+_by_width = compiled(_direct)
 
 
 # torch_npu's fused loss is none for this: it is in the logits' type, keeps all probabilities, and knows no ranks.
@@ -82,4 +77,4 @@ def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
     takes=lambda logits, labels, *, start=0, group=None: start == 0 and group is None,
 )
 def _fused(logits: Tensor, labels: Tensor, *, start: int = 0, group: Any = None) -> Tensor:
-    return _compiled()(logits, labels)
+    return _by_width(logits, labels)

@@ -91,16 +91,7 @@ class Op(Generic[P, R]):
     def compiled_on(self, kind: str) -> None:
         """Serve the op on a kind of device by its reference, compiled into one kernel for forward and backward each."""
 
-        @functools.cache
-        def compiled() -> Callable[P, R]:
-            keep_graphs()
-            # Widths stay constants, and so do the numbers of tokens until they change.
-            return torch.compile(self.reference, dynamic=None)
-
-        def fused(*args: P.args, **kwargs: P.kwargs) -> R:
-            return compiled()(*args, **kwargs)
-
-        self.on(kind, "torch.compile")(fused)
+        self.on(kind, "torch.compile")(compiled(self.reference))
 
 
 def op(reference: Callable[P, R]) -> Op[P, R]:
@@ -135,11 +126,29 @@ def _forced() -> bool:
     return value == "reference"
 
 
-def keep_graphs() -> None:
-    """Let an op have more graphs than PyTorch's 8, beyond which it would run uncompiled: one for each type and rank."""
-    import torch._dynamo
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that is compiled when it is first called, for each type and width that its tensors have.
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    The last size of a tensor of several is its width: a reduction over a size that is left open is slow. Other sizes
+    are open once they change. PyTorch's limit of 8 graphs, beyond which it would not compile, is raised.
+    """
+
+    @functools.cache
+    def made() -> Callable[P, R]:
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        return torch.compile(function, dynamic=None)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        call = made()
+        for operand in (*args, *kwargs.values()):
+            if isinstance(operand, Tensor) and operand.dim() > 1 and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static(operand, operand.dim() - 1)
+        return call(*args, **kwargs)
+
+    return called
 
 
 def _kind(operand: Any) -> str:
