@@ -15,7 +15,11 @@ class UserError(ValueError):
 
 def nearest(value: object, choices: Iterable[object]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest choice, followed by all of them when they are few."""
+    choices = list(choices)
     known = sorted(str(c) for c in choices)
     close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+    numbers = [c for c in choices if isinstance(c, int | float)]
+    if numbers and isinstance(value, int | float):
+        close = [str(min(numbers, key=lambda number: abs(number - value)))]
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known)})" if len(known) <= 24 else hint
