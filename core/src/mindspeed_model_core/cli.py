@@ -518,7 +518,8 @@ def common_app() -> typer.Typer:
         from .ops.table import TABLE, VARIABLE, level
 
         if kind is not None and kind not in device.KINDS:
-            raise UserError(f"--device={kind}: not a kind of device{nearest({"gpu": "cuda"}.get(kind, kind), device.KINDS)}")
+            meant = nearest("cuda" if kind == "gpu" else kind, device.KINDS)
+            raise UserError(f"--device={kind}: not a kind of device{meant}")
         kind = kind or device.pick().type
         rows = []
         for name, op in sorted(TABLE.items()):
