@@ -275,7 +275,7 @@ def test_ops_at_level_0_are_the_reference(monkeypatch) -> None:
 
 def test_ops_refuses_an_unknown_device() -> None:
     said = refused("ops", "--device", "gpu", app=cli.common_app())
-    assert said == "error: --device=gpu: not a kind of device; did you mean 'npu'? (known: cpu, cuda, npu)"
+    assert said == "error: --device=gpu: not a kind of device; did you mean 'cuda'? (known: cpu, cuda, npu)"
 
 
 def test_starting_imports_neither_torch_nor_a_model() -> None:
