@@ -211,7 +211,7 @@ def main() -> None:
         took, moved, entry = both_ways(row, 2, device, torch.bfloat16)
         speed = row.flops / took * 1e3 if row.flops else moved / took * 1e3
         figure = f"{speed / 1e12:.0f} TFLOP/s" if row.flops else f"{speed / 1e9:.0f} GB/s"
-        by = "reference" if entry is None else " ".join(entry.calls)
+        by = "reference" if entry is None else entry.by
         share = speed / (peak if row.flops else rate)
         table.add_row(
             row.op, row.shape, "bf16", by, f"{plain:.3f}", f"{took:.3f}", f"{plain / took:.2f}", figure, f"{share:.0%}"

@@ -526,7 +526,7 @@ def common_app() -> typer.Typer:
             there = op.entries.get(kind, [])
             serving = [entry for entry in there if entry.level <= level()]
             for entry in serving:
-                rows.append((name, str(entry.level), " ".join(entry.calls), entry.when))
+                rows.append((name, str(entry.level), entry.by, entry.when))
             if all(entry.when != "all" for entry in serving):
                 reason = f"level {level()}" if there else f"no {kind} entry"
                 rows.append((name, "0", "reference", "the rest" if serving else f"all: {reason}"))

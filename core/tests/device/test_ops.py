@@ -28,7 +28,7 @@ def test_every_op_equals_its_formula(case, dtype, record_property):
         with ops.at_level(level):
             found = op_cases.run(case, device, dtype)
         far = {name: distance(found.tensors[name], tensor) for name, tensor in want.items()}
-        by = "reference" if found.entry is None else " ".join(found.entry.calls)
+        by = "reference" if found.entry is None else found.entry.by
         record_property("found", (f"{case.op.name} {str(dtype).removeprefix('torch.')}", by, max(far.values())))
         assert_close(found.tensors, want, BOUND[dtype])
 

@@ -27,7 +27,7 @@ class Embedding(nn.Embedding):
 
 
 class VocabHead(nn.Module):
-    """The last projection: logits without labels, per-token negative log-likelihood with them."""
+    """The last projection: logits without labels, the sum of the tokens' negative log-likelihoods with them."""
 
     tp: TensorParallel | None = None
 
@@ -40,12 +40,11 @@ class VocabHead(nn.Module):
         return {"weight": Placement(0)}
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return ``[tokens, vocab]`` logits, or the loss of each token ``[tokens]`` in fp32 or wider."""
+        """Return ``[tokens, vocab]`` logits, or the sum of the tokens' losses, in fp32 or wider."""
         if self.tp is None:
-            logits = ops.linear(x, self.weight)
-            return logits if labels is None else ops.cross_entropy(logits, labels)
+            return ops.linear(x, self.weight) if labels is None else ops.linear_cross_entropy(x, self.weight, labels)
         logits = self.tp.column(x, self.weight, None, self.tp.sequence)
         if labels is None:
             return self.tp.gather(logits)
         start = self.tp.rank * self.weight.shape[0]
-        return ops.cross_entropy(logits, labels, start=start, group=self.tp.group)
+        return ops.cross_entropy(logits, labels, start=start, group=self.tp.group).sum()

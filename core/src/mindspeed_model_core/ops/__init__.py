@@ -6,7 +6,7 @@ from .attention import ATTENTION, attention, full_attention
 from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
 from .linear import accumulate_gradient, accumulate_product_, linear
-from .loss import cross_entropy
+from .loss import cross_entropy, linear_cross_entropy
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .ring import attention_backward, attention_with_lse, merge_attention
 from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
@@ -40,6 +40,7 @@ __all__ = [
     "layer_norm",
     "level",
     "linear",
+    "linear_cross_entropy",
     "matmul_all_reduce",
     "matmul_reduce_scatter",
     "merge_attention",

@@ -8,9 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .table import compiled, op
+from .linear import accumulate_product_, accumulator
+from .linear import linear as project
+from .table import FLOATS, compiled, op
 
 IGNORE = -100
+AT_ONCE = {"cpu": 2**20, "cuda": 2**26, "npu": 2**26}
+"""How many logits exist at a time, by kind of device: on a CPU what caches hold, elsewhere what fills the device."""
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -78,3 +82,91 @@ _by_width = compiled(_direct)
 )
 def _fused(logits: Tensor, labels: Tensor, *, start: int = 0, group: Any = None) -> Tensor:
     return _by_width(logits, labels)
+
+
+@op
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of ``cross_entropy(x W^T, labels)`` over the tokens, in fp32 (fp64 for fp64).
+
+    ``x`` is ``[tokens, width]``, ``weight`` ``[vocab, width]``.
+    """
+    return cross_entropy(project(x, weight), labels).sum()
+
+
+def _in_parts(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return _InParts.apply(x, weight, labels, accumulator(weight))
+
+
+linear_cross_entropy.on("cpu", "")(_in_parts)
+linear_cross_entropy.on("cuda", "torch.compile")(_in_parts)
+linear_cross_entropy.on("npu", "", when="fp16, bf16, fp32", takes=lambda x, *_: x.dtype in FLOATS)(_in_parts)
+
+
+class _InParts(torch.autograd.Function):
+    """Computes gradients with the loss, a part of the tokens after the other, so that no logits are kept.
+
+    A sum has one gradient for all its terms: backward scales what is there. (Hsu et al. 2024, Liger Kernel,
+    arXiv:2410.10989, has the idea.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, total: Tensor | None) -> Tensor:
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = max(1, AT_ONCE[x.device.type] // len(weight))
+        once = len(x) <= rows
+        value = torch.zeros((), dtype=wide, device=x.device)
+        ctx.total, ctx.dtype = total, weight.dtype
+        ctx.to_x = torch.empty_like(x) if to_x else None
+        ctx.to_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if to_weight and not once else None
+        part_of = _part_by_width if x.device.type == "cuda" else _part
+        for at in range(0, len(x), rows):
+            part = x[at : at + rows]
+            loss, grad = part_of(part @ weight.T, labels[at : at + rows])
+            value += loss
+            if to_x:
+                torch.mm(grad, weight, out=ctx.to_x[at : at + rows])
+            if to_weight and once:
+                ctx.to_weight = grad.T @ part
+            elif to_weight:
+                accumulate_product_(ctx.to_weight, grad, part)
+        if to_weight and ctx.to_weight is None:
+            ctx.to_weight = torch.zeros_like(weight)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        to_x = None if ctx.to_x is None else ctx.to_x * grad.to(ctx.to_x.dtype)
+        if ctx.to_weight is None:
+            return to_x, None, None, None
+        if ctx.total is not None:
+            ctx.total.addcmul_(ctx.to_weight, grad)
+            return to_x, None, None, None
+        to_weight = torch.empty(ctx.to_weight.shape, dtype=ctx.dtype, device=grad.device)
+        return to_x, torch.mul(ctx.to_weight, grad, out=to_weight), None, None
+
+
+def _part(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of losses and its gradient to the logits, which are overwritten."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    kept = labels != IGNORE
+    labels = labels.clamp_min(0)[:, None]
+    normaliser = wide.logsumexp(-1)
+    loss = ((normaliser - wide.gather(-1, labels)[:, 0]) * kept).sum()
+    grad = wide.sub_(normaliser[:, None]).exp_()
+    grad.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=grad.dtype))
+    return loss, grad.mul_(kept[:, None]).to(logits.dtype)
+
+
+def _pure_part(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same as formulas that compile into passes over the logits."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    kept = labels != IGNORE
+    mine = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+    normaliser = wide.logsumexp(-1)
+    loss = ((normaliser - torch.where(mine, wide, 0).sum(-1)) * kept).sum()
+    grad = ((wide - normaliser[:, None]).exp() - mine.to(wide.dtype)) * kept[:, None]
+    return loss, grad.to(logits.dtype)
+
+
+_part_by_width = compiled(_pure_part)

@@ -43,6 +43,11 @@ class Entry:
     takes: Callable[..., bool]
     level: int
 
+    @property
+    def by(self) -> str:
+        """Return the names of what serves, for tables."""
+        return " ".join(self.calls) or "PyTorch, in parts"
+
 
 class Op(Generic[P, R]):
     """A function with one signature on every device; made by ``op`` from its reference."""

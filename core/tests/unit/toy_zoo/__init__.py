@@ -87,7 +87,7 @@ class Toy(Trunk):
         return {"x": block(state["x"], context["tables"], context["lengths"])}
 
     def finish(self, state: State, context: Context) -> Tensor:
-        """Return logits or losses."""
+        """Return logits or the loss."""
         return self.head(self.norm(state["x"]), context["labels"])
 
     def tokens(self, batch: Batch) -> int:

@@ -56,7 +56,7 @@ class Template(Trunk):
         return {"x": block(state["x"])}
 
     def finish(self, state: State, context: Context) -> Tensor:
-        """Return logits ``[tokens, vocab]``, or with labels each token's loss."""
+        """Return logits ``[tokens, vocab]``, or with labels the sum of their losses."""
         return self.head(self.norm(state["x"]), context["labels"])
 
     def tokens(self, batch: Batch) -> int:

@@ -39,7 +39,7 @@ class Llama2(Trunk):
     """Token embedding, decoder blocks, norm and vocabulary head.
 
     The batch holds ``tokens`` and ``positions`` (int64 ``[tokens]``) of documents packed back to back, ``lengths`` of
-    the documents, and, to get losses instead of logits, ``labels``; to generate, a ``cache``.
+    the documents, and, to get their loss instead of logits, ``labels``; to generate, a ``cache``.
     """
 
     first = ("embed_tokens",)
@@ -68,7 +68,7 @@ class Llama2(Trunk):
         return {"x": block(state["x"], context["tables"], context["lengths"], cache)}
 
     def finish(self, state: State, context: Context) -> Tensor:
-        """Return logits ``[tokens, vocab]``, or with labels each token's loss."""
+        """Return logits ``[tokens, vocab]``, or with labels the sum of their losses."""
         if (cache := context["cache"]) is not None:
             cache.advance(len(context["tables"][0]) // cache.batch)
         return self.head(self.norm(state["x"]), context["labels"])

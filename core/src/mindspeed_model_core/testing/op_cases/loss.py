@@ -22,9 +22,24 @@ def _labels(tokens: int, vocabulary: int) -> Tensor:
     return labels
 
 
-CASES = tuple(
-    Case(
-        ops.cross_entropy, f"{tokens}x{vocabulary}", (draw(tokens, vocabulary),), _loss, (_labels(tokens, vocabulary),)
-    )
-    for tokens, vocabulary in ((70, 96), (13, 1001), (1, 5), (8, 2), (0, 8))
+def _linear_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return _loss(x @ weight.T, labels).sum()
+
+
+CASES = (
+    *(
+        Case(ops.cross_entropy, f"{n}x{vocabulary}", (draw(n, vocabulary),), _loss, (_labels(n, vocabulary),))
+        for n, vocabulary in ((70, 96), (13, 1001), (1, 5), (8, 2), (0, 8))
+    ),
+    # The second is more than a CPU does at once.
+    *(
+        Case(
+            ops.linear_cross_entropy,
+            f"{n}x16, {vocabulary}",
+            (draw(n, 16), draw(vocabulary, 16, seed=1)),
+            _linear_loss,
+            (_labels(n, vocabulary),),
+        )
+        for n, vocabulary in ((70, 96), (600, 4000), (1, 5), (0, 8))
+    ),
 )
