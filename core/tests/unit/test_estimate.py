@@ -106,12 +106,12 @@ def test_recomputed_blocks_keep_their_input_and_one_runs_again() -> None:
         plan(2, parallel={"pp": 2}, recompute=3)
 
 
-def test_head_keeps_logits_and_one_fp32_gradient_of_them() -> None:
-    logits = TOKENS * C.vocab
-    rest = 4 * TOKENS * C.width * 2 + 4 * TOKENS * 2  # norm's input and output; two fp32 numbers a token
-    assert plan().memory.head == 4 * logits + 4 * logits + rest
+def test_head_keeps_gradients_and_where_it_is_cut_logits_and_one_fp32_gradient_of_the_largest() -> None:
+    logits, rows = TOKENS * C.vocab, TOKENS * C.width
+    norm = 4 * rows + 4 * TOKENS  # its input, and an fp32 number a token
+    assert plan().memory.head == norm + 4 * (rows + C.vocab * C.width) + 4 * max(rows, C.vocab * C.width)
     half = plan(2, parallel={"tp": 2}).memory.head
-    assert half == 4 * logits + rest
+    assert half == norm + 4 * rows + 4 * TOKENS + 4 * logits
 
 
 def test_the_first_stage_keeps_most_micro_batches() -> None:

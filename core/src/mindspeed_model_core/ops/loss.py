@@ -13,7 +13,7 @@ from .linear import linear as project
 from .table import FLOATS, compiled, op
 
 IGNORE = -100
-AT_ONCE = {"cpu": 2**20, "cuda": 2**26, "npu": 2**26}
+AT_ONCE = {"cpu": 2**20, "cuda": 2**26, "npu": 2**26, "meta": 2**26}
 """How many logits exist at a time, by kind of device: on a CPU what caches hold, elsewhere what fills the device."""
 
 
@@ -97,7 +97,8 @@ def _in_parts(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return _InParts.apply(x, weight, labels, accumulator(weight))
 
 
-linear_cross_entropy.on("cpu", "")(_in_parts)
+for _kind in ("cpu", "meta"):
+    linear_cross_entropy.on(_kind, "")(_in_parts)
 linear_cross_entropy.on("cuda", "torch.compile")(_in_parts)
 linear_cross_entropy.on("npu", "", when="fp16, bf16, fp32", takes=lambda x, *_: x.dtype in FLOATS)(_in_parts)
 
@@ -111,39 +112,40 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, total: Tensor | None) -> Tensor:
-        to_x, to_weight = ctx.needs_input_grad[:2]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = max(1, AT_ONCE[x.device.type] // len(weight))
-        once = len(x) <= rows
+        once = 0 < len(x) <= rows
         value = torch.zeros((), dtype=wide, device=x.device)
-        ctx.total, ctx.dtype = total, weight.dtype
-        ctx.to_x = torch.empty_like(x) if to_x else None
-        ctx.to_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if to_weight and not once else None
+        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        to_weight = None
+        if ctx.needs_input_grad[1] and not once:
+            to_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)
         part_of = _part_by_width if x.device.type == "cuda" else _part
         for at in range(0, len(x), rows):
             part = x[at : at + rows]
             loss, grad = part_of(part @ weight.T, labels[at : at + rows])
             value += loss
-            if to_x:
-                torch.mm(grad, weight, out=ctx.to_x[at : at + rows])
-            if to_weight and once:
-                ctx.to_weight = grad.T @ part
-            elif to_weight:
-                accumulate_product_(ctx.to_weight, grad, part)
-        if to_weight and ctx.to_weight is None:
-            ctx.to_weight = torch.zeros_like(weight)
+            if to_x is not None:
+                torch.mm(grad, weight, out=to_x[at : at + rows])
+            if to_weight is not None:
+                accumulate_product_(to_weight, grad, part)
+            elif ctx.needs_input_grad[1]:
+                to_weight = grad.T @ part
+        ctx.total, ctx.dtype = total, weight.dtype
+        ctx.save_for_backward(to_x, to_weight)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        to_x = None if ctx.to_x is None else ctx.to_x * grad.to(ctx.to_x.dtype)
-        if ctx.to_weight is None:
-            return to_x, None, None, None
-        if ctx.total is not None:
-            ctx.total.addcmul_(ctx.to_weight, grad)
-            return to_x, None, None, None
-        to_weight = torch.empty(ctx.to_weight.shape, dtype=ctx.dtype, device=grad.device)
-        return to_x, torch.mul(ctx.to_weight, grad, out=to_weight), None, None
+        to_x, to_weight = ctx.saved_tensors
+        if to_x is not None:
+            to_x = to_x * grad.to(to_x.dtype)
+        if to_weight is not None and ctx.total is not None:
+            ctx.total.addcmul_(to_weight, grad)
+            to_weight = None
+        elif to_weight is not None:
+            to_weight = torch.mul(to_weight, grad, out=torch.empty_like(to_weight, dtype=ctx.dtype))
+        return to_x, to_weight, None, None
 
 
 def _part(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
