@@ -64,7 +64,7 @@ class Linear(nn.Linear):
     def _project(self, x: Tensor) -> Tensor:
         if self.tp is None or self.split is None:
             if x.dtype != self.weight.dtype == torch.bfloat16:
-                return _Wide.apply(x, self.weight, self.bias, accumulator(self.weight))
+                return _Wide.apply(x, self.weight, self.bias, accumulator(self.weight, x.dtype))
             return ops.linear(x, self.weight, self.bias)
         if self.split == "out":
             return self.tp.column(x, self.weight, self.bias, self._shares_tokens)

@@ -60,18 +60,22 @@ def _cuda_apart(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(torch.ops.aten.mm.dtype(a.T, b, torch.float32))
 
 
-def accumulate_gradient(weight: Tensor, total: Tensor) -> None:
-    """Let layers add the gradient of a weight to ``total``, of a wider type, instead of handing it to autograd.
+def accumulate_gradient(weight: Tensor, total: Tensor | None) -> None:
+    """Let layers add the gradient of a weight to ``total``, of its or a wider type, and not hand it to autograd.
 
-    What else uses the weight still hands its part to autograd, and the caller is to add that.
+    What else uses the weight still hands its part to autograd, and the caller is to add that. None: as before.
     """
     setattr(weight, _TOTAL, total)
 
 
-def accumulator(weight: Tensor) -> Tensor | None:
-    """Return what a layer is to add the gradient of a weight to, from level 1; None: hand it to autograd."""
+def accumulator(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Return what a layer is to add the gradient of a weight to, from level 1; None: hand it to autograd.
+
+    With ``dtype``, the one of the operands, nothing narrower is returned.
+    """
     wanted = level() >= 1 and weight.requires_grad and torch.is_grad_enabled()
-    return getattr(weight, _TOTAL, None) if wanted else None
+    total: Tensor | None = getattr(weight, _TOTAL, None) if wanted else None
+    return None if total is None or dtype not in (None, weight.dtype, total.dtype) else total
 
 
 def weight_gradient(total: Tensor | None, grad: Tensor, rows: Tensor) -> Tensor | None:

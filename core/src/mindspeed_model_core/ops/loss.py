@@ -114,7 +114,7 @@ class _InParts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, total: Tensor | None) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = max(1, AT_ONCE[x.device.type] // len(weight))
-        once = 0 < len(x) <= rows
+        once = 0 < len(x) <= rows and (total is None or total.dtype == weight.dtype)
         value = torch.zeros((), dtype=wide, device=x.device)
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         to_weight = None

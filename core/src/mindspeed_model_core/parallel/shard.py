@@ -132,8 +132,9 @@ class Gradients:
     """Accumulates and reduces gradients of parameters that data parallelism replicates, and of partial replicas.
 
     FSDP2 reduces what it shards. What is left is summed here: fp32 (the master's dtype) buffers laid out as one flat
-    tensor, added to as each micro-batch's gradient becomes ready, and reduced once a step. Where a buffer is wider than
-    its parameter, layers add the gradient of their weight themselves, without rounding it to the parameter's type.
+    tensor, added to as each micro-batch's gradient becomes ready, and reduced once a step. Layers add the gradient of
+    their weight themselves, in the product that makes it: without rounding it to the parameter's type where the buffer
+    is wider, and without a pass to add it up.
     """
 
     def __init__(self, shards: dict[str, Shard], mesh: Mesh) -> None:
@@ -143,10 +144,14 @@ class Gradients:
         split = {s.name: s for s in whole if s.master.dtype != s.parameter.dtype}
         if mesh.replicas > 1 or split:
             self._lay_out(whole)
-        for shard in split.values():
-            assert shard.buffer is not None
-            ops.accumulate_gradient(shard.parameter, shard.buffer)
-            shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
+        for shard in whole:
+            if shard.buffer is not None:
+                ops.accumulate_gradient(shard.parameter, shard.buffer)
+            if shard.name in split:
+                shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
+            elif shard.buffer is None and shard.parameter.dim() > 1:
+                # The first micro-batch's gradient is the sum to which the others are added.
+                shard.parameter.register_post_accumulate_grad_hook(_accumulate_onto_first)
 
     def _lay_out(self, shards: list[Shard]) -> None:
         for dtype in {s.master.dtype for s in shards}:
@@ -178,6 +183,7 @@ class Gradients:
         for shard in self.shards:
             if shard.buffer is None:
                 shard.parameter.grad = None
+                ops.accumulate_gradient(shard.parameter, None)
 
 
 def _accumulate_into(shard: Shard) -> Callable[[Tensor], None]:
@@ -188,3 +194,7 @@ def _accumulate_into(shard: Shard) -> Callable[[Tensor], None]:
             parameter.grad = None
 
     return hook
+
+
+def _accumulate_onto_first(parameter: Tensor) -> None:
+    ops.accumulate_gradient(parameter, parameter.grad)
