@@ -22,6 +22,8 @@ from .recipe import ParallelConfig, Recipe
 from .trunk import Batch, State, Trunk
 
 GIB = 2**30
+SPARE = 0.15
+"""The share of a device's free memory that is left for what is not estimated."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,12 @@ def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
     rank 0, taken to hold for every block. Raises UserError where the network cannot be cut this way.
     """
     parallel = recipe.parallel
-    with torch.device("meta"):
-        net = model.build(model.config(recipe))
-    if recipe.lora is not None:
-        lora.attach(net, recipe.lora)
-    check(net, parallel, world)
+    net = _whole(recipe, model, world)
     parameters, trainable = _count(net.parameters()), _count(p for p in net.parameters() if p.requires_grad)
     dp = world // parallel.model
     steps = recipe.micro_batches(dp)
     _narrow(net, parallel)
-    activations = _activations(net, recipe, model)
-    stages = [
-        _stage(net, recipe, stage, dp * parallel.cp, world > 1, min(parallel.pp - stage, steps), activations)
-        for stage in range(parallel.pp)
-    ]
+    stages = _stages(net, recipe, world, _activations(net, recipe, model))
     worst = max(range(parallel.pp), key=lambda stage: stages[stage].total)
     return Estimate(
         parameters,
@@ -119,6 +113,43 @@ def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
     )
 
 
+def fewest_recomputed(recipe: Recipe, model: Model, world: int, free: int) -> int:
+    """Return how few of each stage's blocks must run again in backward for a recipe to fit into ``free`` bytes.
+
+    A share of them is left for what is not estimated. All, if that is still too much.
+    """
+    net = _whole(recipe, model, world)
+    held = len(net.blocks) // recipe.parallel.pp
+    _narrow(net, recipe.parallel)
+    activations = _activations(net, recipe, model)
+    for count in range(held):
+        with_count = recipe.model_copy(update={"recompute": count})
+        if max(stage.total for stage in _stages(net, with_count, world, activations)) <= (1 - SPARE) * free:
+            return count
+    return held
+
+
+def _whole(recipe: Recipe, model: Model, world: int) -> Trunk:
+    """Return the recipe's whole network on meta; UserError if it cannot be cut this way."""
+    with torch.device("meta"):
+        net = model.build(model.config(recipe))
+    if recipe.lora is not None:
+        lora.attach(net, recipe.lora)
+    check(net, recipe.parallel, world)
+    return net
+
+
+def _stages(net: Trunk, recipe: Recipe, world: int, activations: _Activations) -> list[Memory]:
+    """Return the memory of each pipeline stage of a network already cut by tensor parallelism."""
+    parallel = recipe.parallel
+    dp = world // parallel.model
+    steps = recipe.micro_batches(dp)
+    return [
+        _stage(net, recipe, stage, dp * parallel.cp, world > 1, min(parallel.pp - stage, steps), activations)
+        for stage in range(parallel.pp)
+    ]
+
+
 def _notes(recipe: Recipe, world: int, steps: int) -> Iterable[str]:
     yield (
         "Parameters are counted exactly. Activations are what one block keeps for backward, times the blocks held and "
@@ -127,6 +158,8 @@ def _notes(recipe: Recipe, world: int, steps: int) -> Iterable[str]:
     )
     left_out = "the device's runtime and communication buffers, short-lived temporaries, and memory lost to gaps"
     yield f"Not counted: {left_out}; leave 10-20 % free."
+    if recipe.recompute == "auto":
+        yield "recompute=auto: this is with no block recomputed; as many will be as the device's free memory asks for."
     if recipe.parallel.shard != "none" and world == 1:
         yield f"parallel.shard={recipe.parallel.shard} has no effect on one device; plan for more with --nproc."
     if recipe.parallel.pp > 1 and steps < recipe.parallel.pp:

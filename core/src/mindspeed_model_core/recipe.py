@@ -225,8 +225,10 @@ class Recipe(Section):
     precision: Precision = Field(
         "bf16", description="bf16: fp32 master weights, fp32 gradient reduction; bf16-pure: bf16 throughout"
     )
-    recompute: Literal["none", "all"] | NonNegativeInt = Field(
-        "none", description="blocks recomputed in backward: none, all, or the first N of each pipeline stage"
+    recompute: Literal["none", "all", "auto"] | NonNegativeInt = Field(
+        "none",
+        description="blocks recomputed in backward: none, all, the first N of each pipeline stage, or auto: as few as "
+        "the memory that is free lets",
     )
     recompute_keep: Literal["nothing", "attention"] = Field(
         "nothing", description="what recomputed blocks keep: fused attention's results, which are small and dear"
@@ -246,8 +248,8 @@ class Recipe(Section):
     @classmethod
     def _blocks(cls, value: Any) -> Any:
         count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if not count and value not in ("none", "all"):
-            raise ValueError("must be none, all, or a number of blocks from 0")
+        if not count and value not in ("none", "all", "auto"):
+            raise ValueError("must be none, all, auto, or a number of blocks from 0")
         return value
 
     @model_validator(mode="after")

@@ -28,6 +28,7 @@ from . import device as devices
 from .data.slots import CONTENT
 from .data.tokenizer import keep_tokenizer, recipe_tokenizer
 from .errors import UserError
+from .estimate import fewest_recomputed
 from .metrics import Recorder, StepRecord
 from .model import Model
 from .optim import AdamW, learning_rate
@@ -228,9 +229,19 @@ def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
         mesh,
         recipe.parallel,
         precision=recipe.precision,
-        recompute=recipe.recompute,
+        recompute=_fitting(recipe, model, mesh) if recipe.recompute == "auto" else recipe.recompute,
         recompute_keep=recipe.recompute_keep,
     )
+
+
+def _fitting(recipe: Recipe, model: Model, mesh: Mesh) -> int:
+    """Return the fewest blocks to recompute that fit on every rank, and say so."""
+    free = min(mesh.gather(devices.free_memory(mesh.device)))
+    count = fewest_recomputed(recipe, model, mesh.world, free)
+    if mesh.rank == 0:
+        stage = " of each stage" if mesh.pp > 1 else ""
+        print(f"recompute=auto: {count} blocks{stage}, for {free / 2**30:.1f} GiB of free memory", file=sys.stderr)
+    return count
 
 
 def run(recipe: Recipe, model: Model, run_dir: Path | str, *, resume: bool = False, watch: Sequence[Watch] = ()) -> Run:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from mindspeed_model_core import device as devices
 from mindspeed_model_core import lora
 from mindspeed_model_core.estimate import Fused, Saved, estimate
 from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.parallel.mesh import open_mesh
 from mindspeed_model_core.testing import toy
 from mindspeed_model_core.testing.dist import run_dist
+from mindspeed_model_core.train import Session
 
 
 def held(fields: dict[str, Any]) -> tuple[int, int]:
@@ -65,3 +67,19 @@ def test_equals_what_ranks_hold(world: int, fields: dict[str, Any]) -> None:
     assert memory.optimizer == max(states for states, _ in ranks)
     kept = {saved for _, saved in ranks}
     assert kept <= {0, memory.activations}
+
+
+def _losses(recompute: str | int) -> tuple[int, list[float]]:
+    recipe = toy.recipe(recompute=recompute, global_batch=4)
+    mesh = open_mesh(recipe.parallel, torch.device("cpu"))
+    # Enough for none on one rank, for nothing on the other.
+    devices.free_memory = lambda _: 2**40 if mesh.rank == 0 else 0
+    session = Session(recipe, toy.TOY, mesh, synthetic=True)
+    session.start()
+    return session.parallel.net.recompute, [session.step().read()[0] for _ in range(3)]
+
+
+def test_all_ranks_recompute_what_the_fullest_device_asks_for() -> None:
+    found, none = run_dist(_losses, 2, "auto"), run_dist(_losses, 2, "none")
+    assert [blocks for blocks, _ in found] == 2 * [toy.ToyConfig().blocks]
+    assert [losses for _, losses in found] == [losses for _, losses in none]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.estimate import Estimate, Saved, estimate
+from mindspeed_model_core.estimate import SPARE, Estimate, Saved, estimate, fewest_recomputed
 from mindspeed_model_core.testing import toy
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -104,6 +104,21 @@ def test_recomputed_blocks_keep_their_input_and_one_runs_again() -> None:
         plan(recompute=5)
     with pytest.raises(UserError, match="recompute=3: a pipeline stage holds 2 blocks; nearest: 2"):
         plan(2, parallel={"pp": 2}, recompute=3)
+
+
+def test_as_few_blocks_run_again_as_memory_lets() -> None:
+    recipe = ToyRecipe(preset="tiny", precision="fp32", global_batch=8, micro_batch=2, recompute="auto")
+    needs = [plan(recompute=count).memory.total for count in range(C.layers + 1)]
+    assert needs[2] > needs[3] > needs[4]
+    # One alone saves nothing: while it runs again, its activations are there.
+    for count, following in {0: 2, 2: 3, 3: 4, 4: 4}.items():
+        least = math.ceil(needs[count] / (1 - SPARE))
+        assert fewest_recomputed(recipe, MODEL, 1, least) == count
+        assert fewest_recomputed(recipe, MODEL, 1, least - 1) == following
+    assert fewest_recomputed(recipe, MODEL, 1, 0) == C.layers
+    halves = ToyRecipe(**recipe.model_dump(exclude={"parallel"}), parallel={"pp": 2})
+    assert fewest_recomputed(halves, MODEL, 2, 0) == C.layers // 2
+    assert any("recompute=auto: this is with no block recomputed" in note for note in plan(recompute="auto").notes)
 
 
 def test_head_keeps_gradients_and_where_it_is_cut_logits_and_one_fp32_gradient_of_the_largest() -> None:

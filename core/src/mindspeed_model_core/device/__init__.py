@@ -93,6 +93,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that nothing uses on the device; on CPU this process's part of those of its machine."""
+    if device.type != "cpu":
+        return int(module(device).mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def name(device: torch.device) -> str:
     """Return the hardware's name, such as ``NVIDIA H200`` or the CPU's model and thread count."""
     if device.type != "cpu":

@@ -108,8 +108,11 @@ def _list(values: list[int]) -> str:
 
 
 def recomputed(wanted: str | int, held: int) -> int:
-    """Return how many of a stage's ``held`` blocks run again in backward; UserError if there are not as many."""
-    count = wanted if isinstance(wanted, int) else {"none": 0, "all": held}[wanted]
+    """Return how many of a stage's ``held`` blocks run again in backward; UserError if there are not as many.
+
+    What is still ``auto`` counts as none.
+    """
+    count = wanted if isinstance(wanted, int) else {"none": 0, "auto": 0, "all": held}[wanted]
     if count > held:
         raise UserError(f"recompute={count}: a pipeline stage holds {held} blocks; nearest: {held}, or all")
     return count
