@@ -184,3 +184,6 @@ class TestImageToVideo(Wan21Suite):
         "cp2": CONTEXT["cp2"],
         "tp2-sequence-pp2-dp2-zero3": LAYOUTS["tp2-sequence-pp2-dp2-zero3"],
     }
+    # What these hold does not depend on the conditioning; they are TestTextToVideo's.
+    test_resumes_under_other_layouts = None  # type: ignore[assignment]
+    test_the_command_line_trains_on_two_emulated_npus = None  # type: ignore[assignment]
