@@ -139,12 +139,14 @@ def record(session: Any) -> Activity | None:
     """Do a step under the device's profiler and return what ran in it; None where the profiler tells of nothing."""
     device = session.mesh.device
     module, kinds = devices.profiler(device), devices.activities(device)
+    if device.type == "cuda":
+        # The device's side alone: the host's side slows it down and says nothing that is asked here.
+        kinds = kinds[-1:]
+        if kinds[0] not in module.supported_activities():  # a PyTorch built without CUPTI
+            return None
     with tempfile.TemporaryDirectory() as folder:
         handler = module.tensorboard_trace_handler(folder) if device.type == "npu" else None
-        # On CUDA the device's side alone: the host's side slows it down and says nothing that is asked here.
-        with module.profile(
-            activities=kinds[-1:] if device.type == "cuda" else kinds, on_trace_ready=handler
-        ) as profiler:
+        with module.profile(activities=kinds, on_trace_ready=handler) as profiler:
             # Profilers start late on some ranks, for which the first collective would wait.
             session.mesh.barrier()
             with torch.profiler.record_function(_WINDOW):

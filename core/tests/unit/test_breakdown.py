@@ -118,12 +118,16 @@ def test_a_device_is_recorded_alone_and_waited_for(monkeypatch):
             return [event("gemm", 0, 3e6), event(ALL_REDUCE, 2e6, 4e6), event("gemm", 5e6, 6e6)]
 
     kinds = SimpleNamespace(CPU="host", CUDA="device")
-    monkeypatch.setattr(devices, "profiler", lambda _: SimpleNamespace(ProfilerActivity=kinds, profile=Profile))
+    module = SimpleNamespace(ProfilerActivity=kinds, profile=Profile, supported_activities=lambda: supported)
+    supported = {"host", "device"}
+    monkeypatch.setattr(devices, "profiler", lambda _: module)
     monkeypatch.setattr(devices, "synchronize", lambda _: said.append("wait"))
     mesh = SimpleNamespace(device=CUDA, barrier=lambda: said.append("meet"))
     session: Any = SimpleNamespace(mesh=mesh, step=lambda: said.append("step"))
     assert breakdown.record(session) == Activity(6.0, 2.0, 1.0, 1.0)
     assert said == [(["device"], None), "begin", "meet", "step", "wait", "end"]
+    supported.remove("device")
+    assert breakdown.record(session) is None
 
 
 @pytest.fixture
@@ -168,6 +172,27 @@ def test_phases_add_up_to_the_step(session, monkeypatch):
     assert {p.name: 2 * p.seconds for p in found.phases if p.name != "pipeline"} == wanted
     assert 2 * found.step_s == sum(clock.seconds()) == 2.0**23 - 2
     assert found.recorded is None and session.number == 2  # one process on a CPU has nothing to record
+
+
+def test_on_a_device_the_queue_is_marked(monkeypatch):
+    """By events that keep time, each of which tells milliseconds to another; nothing is waited for."""
+    queue = iter((100.0, 350.0, 400.0, 1400.0))
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(queue)
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(devices, "module", lambda device: SimpleNamespace(Event=Event))
+    clock = Clock(CUDA)
+    for name in ("forward", "backward", "forward", ""):
+        clock.mark(name)
+    assert clock.phases() == {"forward": 1.25, "backward": 0.05}
 
 
 def test_an_open_session_is_measured_twice(session):
