@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import ops
-from mindspeed_model_core.peak import measured_peak
+from mindspeed_model_core.peak import copy_rate, measured_peak
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -185,13 +185,6 @@ def both_ways(row: Row, level: int, device: torch.device, dtype: torch.dtype) ->
 def size(tensors: list[Tensor]) -> int:
     """Return the bytes of tensors."""
     return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Return the bytes per second, read and written, of a large copy."""
-    a = torch.empty(2**30, device=device, dtype=torch.uint8)
-    b = torch.empty_like(a)
-    return 2 * a.numel() / timed(lambda: b.copy_(a)) * 1e3
 
 
 def main() -> None:

@@ -89,6 +89,21 @@ class AdamW:
             torch._foreach_mul_(list(gradients.values()), factor)
         return norm
 
+    @property
+    def moved(self) -> int:
+        """Return the bytes a step must read and write here at least, to clip, to update and to hand parameters over."""
+        total = 0
+        for shard in self.shards:
+            count, width = shard.master.numel(), shard.master.element_size()
+            # The norm reads gradients, each once over all processes; clipping reads and writes them. The update reads
+            # gradient, master and two moments and writes the last three; an average it reads and writes.
+            total += count * width * (shard.counted + 2 * (self.config.clip is not None) + 7)
+            if self.average is not None:
+                total += 2 * count * max(width, 4)
+            if shard.master.dtype != shard.parameter.dtype:
+                total += count * (width + shard.parameter.element_size())
+        return total
+
     def moments(self, shard: Shard) -> dict[str, Tensor]:
         """Return a shard's optimizer state, made of zeros before the first step."""
         if shard.name not in self.state:

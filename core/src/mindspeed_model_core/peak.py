@@ -1,4 +1,4 @@
-"""What a device can do at most: known figures by hardware name, or a matrix product timed here."""
+"""What a device can do at most: known figures by hardware name, or a matrix product or copies timed here."""
 
 from __future__ import annotations
 
@@ -62,3 +62,20 @@ def measured_peak(device: torch.device, precision: str, *, repeats: int = 8) -> 
         devices.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return Peak(2 * size**3 / best, "measured matmul")
+
+
+def copy_rate(device: torch.device, *, repeats: int = 4) -> float:
+    """Return the bytes per second, read and written, of the best of ``repeats`` large copies within the device."""
+    # Beyond what caches hold; several at a time where one is too short to be timed by the host.
+    size, copies = (2**27, 1) if device.type == "cpu" else (2**28, 16)
+    source = torch.zeros(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        devices.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(copies):
+            target.copy_(source)
+        devices.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size * copies / best

@@ -8,8 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from . import breakdown
 from . import device as devices
+from .breakdown import Breakdown, Clock
 from .errors import UserError
 from .model import Model
-from .peak import Peak, known_peak, measured_peak
+from .peak import Peak, copy_rate, known_peak, measured_peak
 from .recipe import Recipe
 from .task import Work
 
@@ -104,6 +105,18 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str] | No
 
 
 @dataclass(frozen=True)
+class Ceilings:
+    """What one device reached in the measuring process itself: FLOP/s of matrix products, bytes/s of copies.
+
+    ``update_bytes`` are what clipping and the optimizer's update must read and write in a step, mean over the ranks.
+    """
+
+    products: float
+    copies: float
+    update_bytes: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A measured speed with all that it needs to be believed; times in seconds, memory in bytes, rates per second.
 
@@ -131,6 +144,8 @@ class Measurement:
     flops: float
     peak: Peak
     peak_bytes: int
+    breakdown: Breakdown | None = None
+    ceilings: Ceilings | None = None
 
     @property
     def mfu(self) -> float:
@@ -157,35 +172,13 @@ class Measurement:
         return values.get(unit or self.unit)
 
 
-class _Clock:
-    """Marks between steps: events in the device's queue, so that marking never waits; on CPU the host's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        if self._device.type == "cpu":
-            self._marks.append(time.perf_counter())
-            return
-        event = devices.module(self._device).Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def seconds(self) -> list[float]:
-        """Return the time of each step; the device must be synchronised."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self._device.type == "cpu":
-            return [b - a for a, b in pairs]
-        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
-
-
 def measure(recipe: Recipe, model: Model, *, steps: int = 10, warmup: int = 3, session: Any = None) -> Measurement:
     """Train ``steps`` optimizer steps on synthetic data after ``warmup`` untimed ones, and return the median's speed.
 
-    The device is synchronised only where the timed window begins and ends. Every rank calls it and every rank gets
-    the same result: a step takes as long as on its slowest rank. Weights are random, ``init_from`` is not read. An
-    open ``session`` is measured as it is and left open.
+    The device is synchronised only where the timed window begins and after a few steps behind it, whose phases are
+    marked. One more is recorded by the profiler, and what the device can reach is measured. Every rank calls it and
+    every rank gets the same result: a step takes as long as on its slowest rank. Weights are random, ``init_from`` is
+    not read. An open ``session`` is measured as it is and left open.
     """
     if steps < 1 or warmup < 0:
         raise UserError(f"steps={steps}, warmup={warmup}: measure needs steps of 1 or more and warmup of 0 or more")
@@ -214,20 +207,26 @@ def _measure(recipe: Recipe, model: Model, session: Any, steps: int, warmup: int
     devices.synchronize(device)
     mesh.barrier()
     devices.reset_peak_memory(device)
-    clock, totals = _Clock(device), []
+    clock, totals = Clock(device), []
     clock.mark()
     for _ in range(steps):
         totals.append(session.step())
         clock.mark()
+    # Right behind the timed steps, so that a first step into an empty queue is not among them.
+    marks, marked = Clock(device), min(steps, breakdown.STEPS)
+    for _ in range(marked):
+        session.step(marks.mark)
+    marks.mark()
     devices.synchronize(device)
-    *seconds, peak_bytes = _slowest(mesh, [*clock.seconds(), float(devices.peak_memory(device))])
+    *seconds, peak_bytes = _most(mesh, [*clock.seconds(), float(devices.peak_memory(device))])
     # The step's sums over all ranks: loss, samples, units, model FLOPs, ...
     work = [Work(round(samples), round(units), flops) for _, samples, units, flops, *_ in (t.read() for t in totals)]
     hardware = devices.name(device)
-    peak = known_peak(hardware, recipe.precision)
-    if peak is None:
-        peak = measured_peak(device, recipe.precision)
-        peak = Peak(_slowest(mesh, [peak.flops])[0], peak.source)
+    parts = breakdown.take(session, marks, marked)
+    reached = measured_peak(device, recipe.precision)
+    products, copies = _most(mesh, [reached.flops, copy_rate(device)])
+    moved = statistics.mean(each[0] for each in mesh.gather([float(session.optimizer.moved)]))
+    peak = known_peak(hardware, recipe.precision) or Peak(products, reached.source)
     pairs = list(zip(work, seconds, strict=True))
     return Measurement(
         model=model.name,
@@ -251,6 +250,8 @@ def _measure(recipe: Recipe, model: Model, session: Any, steps: int, warmup: int
         flops=statistics.median(w.flops / s for w, s in pairs) / mesh.world,
         peak=peak,
         peak_bytes=int(peak_bytes),
+        breakdown=parts,
+        ceilings=Ceilings(products, copies, moved),
     )
 
 
@@ -261,7 +262,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _slowest(mesh: Any, values: list[float]) -> list[float]:
+def _most(mesh: Any, values: list[float]) -> list[float]:
     """Return each value's maximum over all ranks."""
     return [max(each) for each in zip(*mesh.gather(values), strict=True)]
 
@@ -284,4 +285,25 @@ def summary(measured: Measurement) -> Table:
     table.add_row("model FLOPs", f"{short(m.flops, 4, 'FLOP/s')} per device")
     table.add_row("MFU", f"{m.mfu:.1%} of {short(m.peak.flops, unit='FLOP/s')} ({m.peak.source})")
     table.add_row("peak memory", f"{m.peak_bytes / 2**30:.2f} GiB per device")
+    if m.breakdown is not None:
+        for row in breakdown.rows(m.breakdown):
+            table.add_row(*row)
+    if m.ceilings is not None:
+        for row in _shares(m, m.ceilings):
+            table.add_row(*row)
     return table
+
+
+def _shares(m: Measurement, reached: Ceilings) -> Iterator[tuple[str, str]]:
+    """Yield how much of what the device reaches here the step uses, and the phases made of it."""
+    from .chart import short
+
+    products, copies = short(reached.products, unit="FLOP/s"), short(reached.copies, unit="B/s")
+    yield "of products", f"{m.flops / reached.products:.1%} of the {products} that matrix products reach here"
+    if m.breakdown is None:
+        return
+    if network := m.breakdown.seconds("forward", "backward"):
+        yield "", f"{m.flops * m.step_s / network / reached.products:.1%} during forward and backward"
+    if update := m.breakdown.seconds("optimizer"):
+        share = reached.update_bytes / update / reached.copies
+        yield "of copies", f"{share:.1%} of the {copies} that copies reach here, during optimizer"

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -101,12 +100,8 @@ class Profiler:
         config, module = self._config, devices.profiler(self._device)
         self._folder.mkdir(parents=True, exist_ok=True)
         worker = f"rank{self._rank}"
-        kinds: list[Any] = [module.ProfilerActivity.CPU]
-        own = self._device.type.upper()
-        if own != "CPU" and hasattr(module.ProfilerActivity, own):
-            kinds.append(getattr(module.ProfilerActivity, own))
         profiler = module.profile(
-            activities=kinds,
+            activities=devices.activities(self._device),
             record_shapes=config.shapes,
             with_stack=config.stacks,
             profile_memory=config.memory,

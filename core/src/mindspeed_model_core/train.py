@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import adapters, checkpoint, lora, ops, profile, weights
 from . import device as devices
+from .breakdown import Mark, unmarked
 from .data.slots import CONTENT
 from .data.tokenizer import keep_tokenizer, recipe_tokenizer
 from .errors import UserError
@@ -140,21 +141,33 @@ class Session:
         self.loader.load_state_dict(position)
         self.number = int(info["step"])
 
-    def step(self) -> _Totals:
-        """Do one optimizer step; return its loss sum, count, work and gradient norm without waiting for the device."""
+    def step(self, mark: Mark = unmarked) -> _Totals:
+        """Do one optimizer step; return its loss sum, count, work and gradient norm without waiting for the device.
+
+        ``mark`` is told where each phase begins.
+        """
         recipe, mesh, task = self.recipe, self.mesh, self.task
+        mark("data")
         torch.manual_seed(_stream(recipe.seed, self.number + 1, mesh.dp_rank))
         batches, terms = self._draw()
         self.number += 1
         count = torch.full((), float(terms), device=mesh.device)
         work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
         with ops.at_level(recipe.optimization_level):
-            batches = [task.encode(_to(batch, mesh.device)) for batch in batches]
-            loss = pipeline.run(self.parallel, batches, task.loss, count)
+            batches = [self._encoded(batch, mark) for batch in batches]
+            loss = pipeline.run(self.parallel, batches, task.loss, count, mark)
+            mark("reduction")
             self.parallel.gradients.reduce()
+            mark("optimizer")
             norm = self.optimizer.step(learning_rate(recipe.optim, self.number, recipe.steps))
         self.parallel.gradients.clear()
         return self._totals(loss, count, norm, work)
+
+    def _encoded(self, batch: Batch, mark: Mark) -> Batch:
+        mark("data")
+        held = _to(batch, self.mesh.device)
+        mark("encode")
+        return self.task.encode(held)
 
     def _draw(self) -> tuple[list[Batch], int]:
         """Return the next step's micro-batches and how many loss terms all data ranks have; 1 where there are none."""

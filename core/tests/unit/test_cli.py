@@ -216,6 +216,10 @@ def test_a_recipe_is_checked_before_ranks_start(monkeypatch) -> None:
 def test_measure_prints_its_result_and_writes_nothing(tmp_path: Path) -> None:
     out = call("measure", "base", "--steps", "2", "--warmup", "1", app=cli.app(TRAINS)).stdout
     assert "median of 2" in out and "MFU" in out
+    named = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert {"data", "forward", "backward", "optimizer"} <= set(named)
+    assert "mean of 2 more" in out and "not told on a CPU" in out
+    assert "that matrix products reach here" in out and "that copies reach here" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -76,3 +76,21 @@ def test_a_gradient_that_is_not_finite_updates_nothing(clip):
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
     assert step(1.0).isfinite()
     assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "ema", "each"),
+    [
+        # The norm reads 1 of a width, clipping 2; the update reads 4 and writes 3; an average is read and written.
+        ("fp32", None, None, 4 * (1 + 7)),
+        ("fp32", 1.0, None, 4 * (1 + 2 + 7)),
+        ("bf16", 1.0, None, 4 * (1 + 2 + 7) + 4 + 2),
+        ("bf16-pure", 1.0, 0.9, 2 * (1 + 2 + 7) + 2 * 4),
+    ],
+)
+def test_bytes_that_a_step_moves(precision, clip, ema, each):
+    with torch.device("meta"):
+        net = toy.Toy(toy.ToyConfig())
+    ours = apply.parallelize(net, Mesh(torch.device("cpu")), ParallelConfig(), precision=precision)
+    elements = sum(p.numel() for p in net.parameters())
+    assert AdamW(ours, OptimConfig(lr=1e-2, clip=clip, ema=ema)).moved == each * elements

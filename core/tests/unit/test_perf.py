@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import perf
+from mindspeed_model_core import breakdown, perf
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe
 
@@ -34,9 +34,10 @@ class FakeSession:
 
     def __init__(self, mesh: FakeMesh) -> None:
         self.mesh, self.task = mesh, SimpleNamespace(unit="tokens")
+        self.optimizer = SimpleNamespace(moved=8000)
         self.done = 0
 
-    def step(self) -> Any:
+    def step(self, mark: Any = None) -> Any:
         self.done += 1
         return SimpleNamespace(read=lambda: [2.5, 8.0, 8000.0, 4e12, 0.0, 8000.0, 1.0])
 
@@ -51,8 +52,9 @@ def ticks(monkeypatch) -> Iterator[list[float]]:
         now[0] += durations.pop(0) if durations else 0
         return now[0]
 
-    monkeypatch.setattr(perf, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(breakdown, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(perf, "measured_peak", lambda device, precision: perf.Peak(1e14, "measured matmul"))
+    monkeypatch.setattr(perf, "copy_rate", lambda device: 1e12)
     yield durations
 
 
@@ -65,7 +67,8 @@ def test_the_median_step_decides(ticks):
     session = FakeSession(mesh)
     recipe = Recipe(name="tiny", preset="tiny", precision="bf16")
     m = perf.measure(recipe, MODEL, steps=5, warmup=3, session=session)
-    assert session.done == 8 and mesh.barriers == 1
+    # 3 more are marked, behind the timed ones, and one is recorded.
+    assert session.done == 3 + 5 + 3 + 1 and mesh.barriers == 2
     assert m.step_s == 2 and m.quartiles == (2, 2) and m.spread == 0
     assert m.samples_per_s == 4 and m.value() == 2000 and m.unit == "tokens/s/device"
     assert m.flops == 1e12 and m.mfu == 0.01 and m.value("% MFU") == pytest.approx(1)
@@ -120,8 +123,12 @@ def test_a_measured_peak_is_a_plausible_speed():
     assert peak.source == "measured matmul" and 1e8 < peak.flops < 1e14
 
 
+def test_copies_have_a_plausible_speed():
+    assert 1e8 < perf.copy_rate(torch.device("cpu"), repeats=1) < 1e14
+
+
 def test_the_clock_measures_the_host():
-    clock = perf._Clock(torch.device("cpu"))
+    clock = breakdown.Clock(torch.device("cpu"))
     for _ in range(3):
         clock.mark()
         time.sleep(0.01)
@@ -195,7 +202,9 @@ def test_the_group_is_left_only_after_success(ticks, monkeypatch, fails):
     ticks[:] = [0, 1]
     closed: list[Any] = []
     mesh, session = FakeMesh(), FakeSession(FakeMesh())
-    opened = SimpleNamespace(mesh=mesh, task=session.task, start=lambda: None, step=session.step)
+    opened = SimpleNamespace(
+        mesh=mesh, task=session.task, optimizer=session.optimizer, start=lambda: None, step=session.step
+    )
     if fails:
         monkeypatch.setattr(opened, "start", lambda: 1 / 0)
     monkeypatch.setattr("mindspeed_model_core.parallel.mesh.open_mesh", lambda parallel, buffers: mesh)

@@ -123,6 +123,13 @@ def profiler(device: torch.device) -> ModuleType:
     return torch.profiler
 
 
+def activities(device: torch.device) -> list[Any]:
+    """Return what the device's profiler can record: the host's side, and after it the device's own, if it has one."""
+    kinds = profiler(device).ProfilerActivity
+    own = device.type.upper()
+    return [kinds.CPU, *([getattr(kinds, own)] if own != "CPU" and hasattr(kinds, own) else [])]
+
+
 def record_memory(device: torch.device) -> bool:
     """Begin recording allocations for ``memory_snapshot``; False where the device has no allocator history."""
     if device.type == "cpu":

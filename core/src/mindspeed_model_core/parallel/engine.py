@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..breakdown import Mark, unmarked
 from . import facade
 
 _DESCRIPTIONS = {
@@ -114,6 +115,21 @@ class _Stage:
         self.input = tensor[0] if isinstance(tensor, list) else tensor
 
 
+class _Timer:
+    """What the schedule asks of a timer; it has one for forwards, one for backwards, and others around transfers."""
+
+    def __init__(self, name: str, mark: Mark) -> None:
+        self.phase, self.mark = {"forward-compute": "forward", "backward-compute": "backward"}.get(name), mark
+
+    def start(self, barrier: bool = False) -> None:
+        if self.phase is not None:
+            self.mark(self.phase)
+
+    def stop(self, barrier: bool = False) -> None:
+        if self.phase is not None:
+            self.mark("pipeline")
+
+
 def one_f_one_b(
     step: Callable[[Any, Tensor | None], Tensor],
     batches: list[Any],
@@ -123,12 +139,14 @@ def one_f_one_b(
     dtype: torch.dtype,
     pp: int,
     no_sync: Callable[[], AbstractContextManager[None]],
+    mark: Mark = unmarked,
 ) -> None:
     """Run forward and backward of all micro-batches through the pipeline, one forward one backward.
 
     ``step(batch, received)`` returns what the stage hands on ``[rows, width]``, or on the last stage the scalar to
     differentiate. ``shapes`` are the (rows, width) at the stage boundary, one a micro-batch; where they differ each
-    transfer is preceded by its shape. Gradients are reduced only outside ``no_sync``.
+    transfer is preceded by its shape. Gradients are reduced only outside ``no_sync``. ``mark`` is told where a forward,
+    a backward, or what lies between them begins: transfers and waiting for other stages.
     """
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
@@ -147,6 +165,8 @@ def one_f_one_b(
         use_cpu_initialization=True,
     )
     config.no_sync_func = no_sync
+    if mark is not unmarked:
+        config.timers = lambda name, log_level=0: _Timer(name, mark)
     stage = _Stage(config, ModelType.encoder_or_decoder)
 
     def forward(source: Iterator[Any], model: _Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -155,6 +175,7 @@ def one_f_one_b(
         count = torch.ones((), dtype=torch.int, device=out.device)
         return (out if last else out.unsqueeze(1)), lambda loss: (loss, count, {})
 
+    mark("pipeline")
     with facade.active():
         forward_backward_pipelining_without_interleaving(
             forward_step_func=forward,

@@ -8,15 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..breakdown import Mark, unmarked
 from ..trunk import Batch, State
 from . import engine
 from .apply import Parallel
 
 
-def run(parallel: Parallel, batches: list[Batch], loss: Callable[[Tensor, Batch], Tensor], count: Tensor) -> Tensor:
+def run(
+    parallel: Parallel,
+    batches: list[Batch],
+    loss: Callable[[Tensor, Batch], Tensor],
+    count: Tensor,
+    mark: Mark = unmarked,
+) -> Tensor:
     """Accumulate the gradients of ``sum of losses / count`` over ``batches``; return the local sum of losses.
 
-    ``loss`` maps the network's output and a batch to a scalar sum. On all but the last stage the result is 0.
+    ``loss`` maps the network's output and a batch to a scalar sum. On all but the last stage the result is 0. ``mark``
+    is told where forward, backward and, among stages, pipeline begin.
     """
     net, mesh = parallel.net, parallel.mesh
     wide = torch.float64 if parallel.compute == torch.float64 else torch.float32
@@ -27,10 +35,16 @@ def run(parallel: Parallel, batches: list[Batch], loss: Callable[[Tensor, Batch]
         total.add_(value.detach())
         return value * parallel.loss_scale / count
 
+    def alone(batch: Batch) -> None:
+        mark("forward")
+        value = scaled(net(batch), batch)
+        mark("backward")
+        value.backward()
+
     if mesh.pp == 1:
         for index, batch in enumerate(batches):
             with parallel.sync_only_last(index, len(batches)):
-                scaled(net(batch), batch).backward()
+                alone(batch)
         return total
 
     def step(batch: Batch, received: Tensor | None) -> Tensor:
@@ -40,7 +54,7 @@ def run(parallel: Parallel, batches: list[Batch], loss: Callable[[Tensor, Batch]
     shapes = [packed_shape(net.shapes(batch)) for batch in batches]
     engine.one_f_one_b(
         step, batches, last=mesh.is_last_stage, shapes=shapes, dtype=parallel.compute, pp=mesh.pp,
-        no_sync=parallel.no_sync,
+        no_sync=parallel.no_sync, mark=mark,
     )  # fmt: skip
     return total
 
