@@ -44,6 +44,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every forked test process wou
 os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
 
 # Small tensors on few cores: threads only get in each other's way, and tests of compilation ask for it themselves.
+TWO = ("-n", "2", "--dist", "worksteal")
+"""Options by which pytest uses two processes: most tests keep one core busy. --pdb wants -n 0 after it."""
 TEST_ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -160,7 +162,7 @@ for _name, _file in DEMOS.items():
 def tests(session: nox.Session, package: str) -> None:
     """Run every test that needs no accelerator; with a package's name, that package's whole CI."""
     folder = ROOT if package == "repository" else PACKAGES[package]
-    pytest(session, str(folder / "tests"), "-m", "not device and not npu and not docs", "--durations=5")
+    pytest(session, str(folder / "tests"), "-m", "not device and not npu and not docs", "--durations=5", *TWO)
 
 
 @per_package(PACKAGES)
@@ -245,7 +247,7 @@ def npu(session: nox.Session, package: str) -> None:
     """Run the Ascend path on emulated NPUs: torch_npu's own code without the hardware; fails where it cannot."""
     plugin, tests = f"{module('core')}.testing.npu_emulator.plugin", PACKAGES[package] / "tests"
     os.environ["MINDSPEED_EMULATOR_SITE"] = str(npu_site()[1])
-    pytest(session, str(tests), "-p", plugin, "-m", "npu", "--durations=5")
+    pytest(session, str(tests), "-p", plugin, "-m", "npu", "--durations=5", *TWO)
     if (tests / "device").is_dir() and not session.posargs:
         # What a real device must pass in one process, in a process of its own: after it none could be forked.
         pytest(session, str(tests / "device"), "-p", plugin, "-m", "device")
