@@ -86,5 +86,23 @@ def _npu_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.view(x.shape).to(x.dtype)
 
 
+@rope_interleaved.on(
+    "cpu",
+    "view_as_complex",
+    when="fp32, fp64; constant tables of its type; contiguous heads",
+    takes=lambda x, cos, sin: (
+        x.dtype == cos.dtype == sin.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and x.is_contiguous()
+        and not (cos.requires_grad or sin.requires_grad)
+    ),
+)
+def _as_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # A pair is a complex number, and its turn one product.
+    turn = torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
+    turn = turn.view(len(x), *(1,) * (x.dim() - 2), x.shape[-1] // 2)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
 rope.compiled_on("cuda")
 rope_interleaved.compiled_on("cuda")
