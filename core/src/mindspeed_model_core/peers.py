@@ -37,7 +37,7 @@ from .perf import Measurement
 from .recipe import Recipe
 from .task import Work
 from .train import Session
-from .trunk import Batch
+from .trunk import Batch, Trunk
 
 COMPILE = "compile"
 LOSS = 0.02
@@ -181,6 +181,9 @@ def _open_ours(recipe: Recipe, model: Model, device: torch.device) -> Iterator[_
     """Give a step of our trainer: data, forward, backward, clipping, AdamW, totals."""
     session = Session(perf.from_random(recipe), model, Mesh(device), synthetic=True)
     session.start()
+    for name, shard in session.parallel.shards.items():
+        if not lora.is_factor(name) and _is_blank(shard.master):
+            shard.write(_first(session.parallel.net, name, tuple(shard.shape), recipe.seed, device))
 
     def step() -> Callable[[], _Done]:
         totals = session.step()
@@ -236,6 +239,20 @@ def _open_peer(peer: Peer, recipe: Recipe, model: Model, device: torch.device) -
         yield step
 
 
+def _first(net: Trunk, name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Return a parameter's first value, whole: as the model starts it, but a matrix of zeros is filled at random.
+
+    A network with such a matrix before its loss passes back no gradient: nothing could be compared, and a device that
+    multiplies zeros is faster than one at work.
+    """
+    value = initial(net, name, shape, seed, device)
+    return value.normal_(0, 0.02, generator=torch.Generator(device).manual_seed(seed)) if _is_blank(value) else value
+
+
+def _is_blank(value: Tensor) -> bool:
+    return value.dim() > 1 and not bool(value.any())
+
+
 @contextmanager
 def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -277,7 +294,7 @@ def copy_weights(
         raise ValueError(f"the peer's parameters are not those of layout {chosen.name!r}: {len(odd)}, first {odd[0]!r}")
     with torch.no_grad():
         for name, bound in bounds.items():
-            for part, value in bound.split(initial(ours, name, bound.shape, recipe.seed, device)):
+            for part, value in bound.split(_first(ours, name, bound.shape, recipe.seed, device)):
                 theirs[part].copy_(value)
     if recipe.lora is not None:
         _adapt(net, recipe, lora.attach(ours, recipe.lora), bounds, device)
@@ -434,20 +451,26 @@ def _in_turn(
         if side.said:
             continue
         say(f"{side.name}, {side.settings}")
-        with _noting(side), _open(side, model, device) as step:
-            reads = [step() for _ in range(warmup)]
-            devices.synchronize(device)
-            devices.reset_peak_memory(device)
-            clock = perf.Clock(device)
-            clock.mark()
-            for _ in range(steps):
-                reads.append(step())
-                clock.mark()
-            devices.synchronize(device)
-            side.seconds = clock.seconds()
-            side.peak_bytes = devices.peak_memory(device)
-            side.done = [read() for read in reads]
+        with _noting(side):
+            _time(side, model, device, steps, warmup)
         _free(device)
+
+
+def _time(side: Side, model: Model, device: torch.device, steps: int, warmup: int) -> None:
+    """Time one side alone; a function, so that nothing of it is left to hold memory when it returns."""
+    with _open(side, model, device) as step:
+        reads = [step() for _ in range(warmup)]
+        devices.synchronize(device)
+        devices.reset_peak_memory(device)
+        clock = perf.Clock(device)
+        clock.mark()
+        for _ in range(steps):
+            reads.append(step())
+            clock.mark()
+        devices.synchronize(device)
+        side.seconds = clock.seconds()
+        side.peak_bytes = devices.peak_memory(device)
+        side.done = [read() for read in reads]
 
 
 def _in_pairs(
@@ -477,6 +500,7 @@ def _in_pairs(
                     del held[place]
         for side in sides:
             side.peak_bytes = devices.peak_memory(device)
+        held.clear()
     _free(device)
 
 
@@ -559,8 +583,8 @@ def table(report: Report) -> Table:
         low, high = m.quartiles
         out.add_row(
             name,
-            _time(m.step_s),
-            f"{_time(low)} to {_time(high)}",
+            _duration(m.step_s),
+            f"{_duration(low)} to {_duration(high)}",
             chart.plain(m.value() or 0),
             f"{m.mfu:.1%}" if m.peak.source != report.ceiling.source else "-",
             f"{m.flops / report.ceiling.flops:.1%}",
@@ -571,7 +595,7 @@ def table(report: Report) -> Table:
     return out
 
 
-def _time(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds:.4g} s" if seconds >= 1 else f"{1e3 * seconds:.4g} ms"
 
 
