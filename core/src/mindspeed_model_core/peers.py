@@ -352,18 +352,20 @@ def compare(
     warmup: int = 3,
     overrides: Sequence[str] = (),
     modes: Sequence[str] = (),
+    quick: bool = False,
     files: Sequence[Path] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Time every side of a comparison and hold them against each other; ``modes`` chooses among the peers'.
 
-    ``overrides`` change the recipe of all sides. A peer that has no room, lacks a library, fails, or does other work
-    than ours has no figure; ours must run, but for want of memory.
+    ``quick`` leaves the first row of ours and the first of each mode. ``overrides`` change the recipe of all sides. A
+    peer that has no room, lacks a library, fails, or does other work than ours has no figure; ours must run, but for
+    want of memory.
     """
     steps = STEPS[comparison.tiny] if steps is None else steps
     if steps < 1 or warmup < 1:
         raise UserError(f"steps={steps}, warmup={warmup}: a comparison needs 1 or more of both")
-    sides = _sides(model, comparison, overrides, modes)
+    sides = _sides(model, comparison, overrides, modes, quick)
     for side in sides:
         _look(side, device)
     ceiling = measured_peak(device, sides[0].recipe.precision)
@@ -392,7 +394,9 @@ def compare(
     return report
 
 
-def _sides(model: Model, comparison: Comparison, overrides: Sequence[str], modes: Sequence[str]) -> list[Side]:
+def _sides(
+    model: Model, comparison: Comparison, overrides: Sequence[str], modes: Sequence[str], quick: bool
+) -> list[Side]:
     """Return the rows to be, recipes resolved; UserError for a mode that no peer has."""
     known = list(dict.fromkeys(peer.mode for peer in comparison.peers))
     for mode in modes:
@@ -403,10 +407,12 @@ def _sides(model: Model, comparison: Comparison, overrides: Sequence[str], modes
     def resolved(changes: tuple[str, ...]) -> Recipe:
         return model.load_recipe(comparison.recipe, (*common, *changes))  # type: ignore[no-any-return]
 
-    sides = [Side(resolved(changes), (*common, *changes)) for changes in comparison.ours]
-    for peer in comparison.peers:
-        if not modes or peer.mode in modes:
-            sides.append(Side(resolved(peer.overrides), (*common, *peer.overrides), peer))
+    ours, others = comparison.ours, [peer for peer in comparison.peers if not modes or peer.mode in modes]
+    if quick:
+        ours, others = ours[:1], list({peer.mode: peer for peer in reversed(others)}.values())[::-1]
+    sides = [Side(resolved(changes), (*common, *changes)) for changes in ours]
+    for peer in others:
+        sides.append(Side(resolved(peer.overrides), (*common, *peer.overrides), peer))
     return sides
 
 
@@ -690,6 +696,9 @@ def main(model: Model, comparisons: Sequence[Comparison], file: str) -> None:
             list[str] | None,
             typer.Option(metavar="NAME", help="A mode of peers; several times.  \\[default: all]"),
         ] = None,
+        quick: Annotated[
+            bool, typer.Option("--quick", help="Of ours the first settings alone, and of each mode of peers.")
+        ] = False,
         steps: Annotated[
             int | None,
             typer.Option(metavar="N", help=f"Steps timed.  \\[default: {STEPS[False]}; tiny ones {STEPS[True]}]"),
@@ -737,6 +746,7 @@ def main(model: Model, comparisons: Sequence[Comparison], file: str) -> None:
                 warmup=warmup,
                 overrides=overrides or (),
                 modes=mode or (),
+                quick=quick,
                 files=[source],
                 say=lambda text: console.print(f"[dim]{text} ...[/]", highlight=False),
             )

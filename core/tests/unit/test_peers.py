@@ -243,6 +243,16 @@ def test_what_cannot_be_compared_is_refused(options: dict[str, Any], said: str) 
         compare(comparison(), **options)
 
 
+def test_quick_keeps_the_first_of_each() -> None:
+    fast, slow = replace(TWIN, mode="fast"), replace(TWIN, settings="slowly")
+    report = compare(comparison(slow, fast, replace(fast, settings="too"), ours=((), ("seed=1",))), steps=1, quick=True)
+    assert [(s.name, s.settings.endswith("fp32")) for s in report.sides] == [
+        ("ours", True),
+        ("torch eager", True),
+        ("torch fast", True),
+    ]
+
+
 def test_works_are_chosen_by_name_or_device() -> None:
     small, large = comparison(tiny=True), replace(comparison(), name="large")
     assert peers.chosen((small, large), (), CPU) == [small]
