@@ -397,11 +397,7 @@ def compare(
 def _sides(
     model: Model, comparison: Comparison, overrides: Sequence[str], modes: Sequence[str], quick: bool
 ) -> list[Side]:
-    """Return the rows to be, recipes resolved; UserError for a mode that no peer has."""
-    known = list(dict.fromkeys(peer.mode for peer in comparison.peers))
-    for mode in modes:
-        if mode not in known:
-            raise UserError(f"--mode={mode}: no peer of {comparison.name} has it{nearest(mode, known)}")
+    """Return the rows to be, recipes resolved."""
     common = (*comparison.overrides, *overrides)
 
     def resolved(changes: tuple[str, ...]) -> Recipe:
@@ -681,6 +677,16 @@ def chosen(comparisons: Sequence[Comparison], names: Sequence[str], device: torc
     return [known[name] for name in names] or [c for c in comparisons if c.tiny == (device.type == "cpu")]
 
 
+def _with_modes(comparisons: Sequence[Comparison], modes: Sequence[str]) -> list[Comparison]:
+    """Return those that have a peer in one of the modes; UserError for a mode that no peer has."""
+    known = list(dict.fromkeys(peer.mode for each in comparisons for peer in each.peers))
+    for mode in modes:
+        if mode not in known:
+            names = " or ".join(each.name for each in comparisons)
+            raise UserError(f"--mode={mode}: no peer of {names} has it{nearest(mode, known)}")
+    return [each for each in comparisons if not modes or any(peer.mode in modes for peer in each.peers)]
+
+
 def main(model: Model, comparisons: Sequence[Comparison], file: str) -> None:
     """Run ``file``, a model's ``benchmarks/peers.py`` with these comparisons, as a command."""
 
@@ -715,7 +721,11 @@ def main(model: Model, comparisons: Sequence[Comparison], file: str) -> None:
         ] = False,
     ) -> None:
         source, device = Path(file).resolve(), devices.pick()
-        wanted = chosen(comparisons, work or (), device)
+        wanted = _with_modes(chosen(comparisons, work or (), device), mode or ())
+        # What a later one refuses is told before the first has cost its time.
+        for each in wanted:
+            for side in _sides(model, each, overrides or (), mode or (), quick):
+                _look(side, device)
         record = record or record_cpu
         where = _folder(baselines, needed=record)
         if record:

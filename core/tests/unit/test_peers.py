@@ -230,7 +230,6 @@ def test_what_is_not_here_is_said() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"modes": ("eagre",)}, "--mode=eagre: no peer of small has it; did you mean 'eager'"),
         ({"steps": 0}, "steps=0, warmup=3"),
         ({"warmup": 0}, "steps=5, warmup=0"),
         ({"overrides": ("precision=bf16",)}, "no master weights"),
@@ -507,6 +506,24 @@ def test_what_cannot_be_recorded_is_refused_before_it_is_measured(
     monkeypatch.setattr(peers, "compare", raising(AssertionError("measured")))
     status, out, err = call(monkeypatch, capfd, *args, "--record-cpu", "--baselines", str(where))
     assert status == 2 and said in err and not out
+
+
+def test_what_a_later_comparison_refuses_is_told_before_the_first(monkeypatch, capfd) -> None:
+    monkeypatch.setattr(peers, "compare", raising(AssertionError("measured")))
+    later = replace(comparison(tiny=True), name="later", overrides=("precision=bf16",))
+    both = (comparison(tiny=True), later)
+    status, _, err = call(monkeypatch, capfd, comparisons=both)
+    assert status == 2 and "no master weights" in err
+    status, _, err = call(monkeypatch, capfd, "--mode", "eagre", comparisons=both)
+    assert status == 2 and "--mode=eagre: no peer of small or later has it; did you mean 'eager'" in err
+
+
+def test_a_comparison_without_the_mode_is_left_out(monkeypatch, capfd) -> None:
+    fast = replace(comparison(tiny=True), name="fast", peers=(replace(TWIN, mode="fast"),))
+    status, out, err = call(
+        monkeypatch, capfd, "--steps", "1", "--mode", "fast", comparisons=(comparison(tiny=True), fast)
+    )
+    assert (status, err) == (0, "") and "fast: base" in out and "small: base" not in out
 
 
 def test_the_command_fails_where_a_peer_is_not_comparable(monkeypatch, capfd) -> None:
