@@ -274,17 +274,39 @@ def device(session: nox.Session, package: str) -> None:
 
 @per_package(MODELS)
 def perf(session: nox.Session, package: str) -> None:
-    """Measure again what was recorded on this hardware and compare, or what follows: -- RECIPE [key=value ...]."""
+    """Measure again what was recorded on this hardware, and beside other libraries; or -- RECIPE [key=value ...] alone.
+
+    What begins with a dash goes to the second part alone: -- --work NAME --record. -- --help lists the options.
+    """
     kind, name = hardware(session)
     session.log(f"hardware: {name}" + (" (no accelerator: the CPU is measured)" if kind == "cpu" else ""))
+    peers = PACKAGES[package] / "benchmarks" / "peers.py"
     try:
-        jobs = [tuple(session.posargs)] if session.posargs else recorded(package, name, digests)
+        measured, beside = perf_jobs(session.posargs, peers.is_file(), lambda: recorded(package, name, digests))
     except ValueError as error:
         session.error(str(error))
-    if not jobs:
+    if not measured and beside is None:
         session.skip(f"nothing is recorded on {name}; mindspeed-{package} measure RECIPE --record does it")
-    for job in jobs:
+    for job in measured:
         run(session, f"mindspeed-{package}", "measure", *job, "--compare")
+    if beside is not None:
+        run(session, "python", str(peers), *beside)
+
+
+def perf_jobs(
+    words: list[str], has_peers: bool, recorded: Callable[[], list[tuple[str, ...]]]
+) -> tuple[list[tuple[str, ...]], tuple[str, ...] | None]:
+    """Return what ``measure`` and what the comparison with peers (None: not at all) are called with.
+
+    ValueError for the comparison's options where the model has none.
+    """
+    if not words:
+        return recorded(), () if has_peers else None
+    if not words[0].startswith("-"):
+        return [tuple(words)], None
+    if not has_peers:
+        raise ValueError(f"{words[0]}: this model has no benchmarks/peers.py; without it: -- RECIPE [key=value ...]")
+    return [], tuple(words)
 
 
 def digests(package: str) -> dict[str, str]:
@@ -298,13 +320,18 @@ def digests(package: str) -> dict[str, str]:
 def recorded(package: str, hardware: str, digests: Callable[[str], dict[str, str]]) -> list[tuple[str, ...]]:
     """Return the recipes and device counts that a model's baselines have on this hardware.
 
-    ValueError when one was only recorded as other work than the recipe, by its digest, is now: that cannot be repeated.
+    What was recorded of a changed recipe, which its note tells, is left to what made it. ValueError when one was only
+    recorded as other work than the recipe, by its digest, is now: that cannot be repeated.
     """
     file = ROOT / "perf_baselines" / f"{package}.csv"
     if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["hardware"] == hardware]
+        rows = [
+            row
+            for row in csv.DictReader(lines)
+            if row["hardware"] == hardware and not (row.get("note") or "").startswith("with ")
+        ]
     now = digests(package) if rows else {}
     held: dict[tuple[str, str], list[str]] = {}
     for row in rows:

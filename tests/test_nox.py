@@ -6,7 +6,7 @@ import pytest
 
 from .repository import NOXFILE, PACKAGES
 
-HEAD = "hardware,devices,recipe,digest\n"
+HEAD = "hardware,devices,recipe,digest,note\n"
 
 
 def recorded(monkeypatch, tmp_path, *rows: str):
@@ -20,6 +20,20 @@ def test_what_was_recorded_here_is_measured_again(monkeypatch, tmp_path) -> None
     rows = ("H200,8,small,aaa", "H200,1,small,aaa", "H200,1,small,000", "A3,2,large,ccc")
     jobs = [("small", "--nproc", "1"), ("small", "--nproc", "8")]
     assert recorded(monkeypatch, tmp_path, *rows) == jobs
+    # One of a changed recipe is for what made it, whatever its digest.
+    assert recorded(monkeypatch, tmp_path, *rows, "H200,1,large,eee,with recompute=none") == jobs
+
+
+def test_perf_measures_alone_and_beside_others() -> None:
+    def jobs(*words: str, has_peers: bool = True):
+        return NOXFILE.perf_jobs(list(words), has_peers, lambda: [("small", "--nproc", "1")])
+
+    assert jobs() == ([("small", "--nproc", "1")], ())
+    assert jobs(has_peers=False) == ([("small", "--nproc", "1")], None)
+    assert jobs("small", "seed=1") == ([("small", "seed=1")], None)
+    assert jobs("--work", "tiny", "--record") == ([], ("--work", "tiny", "--record"))
+    with pytest.raises(ValueError, match="--record: this model has no benchmarks/peers.py"):
+        jobs("--record", has_peers=False)
 
 
 @pytest.mark.parametrize(("row", "said"), [("large,ccc", "digest ccc, its digest now is bbb"), ("gone,aaa", "no such")])

@@ -7,7 +7,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +20,12 @@ from . import chart, perf
 from .errors import UserError, nearest
 from .perf import Measurement
 
-FOLDER, PUBLISHED, VARIABLE = "perf_baselines", "published.csv", "MINDSPEED_MODEL_BASELINES"
+FOLDER, PUBLISHED, PEERS = "perf_baselines", "published.csv", "peers.csv"
+VARIABLE = "MINDSPEED_MODEL_BASELINES"
 MFU = "% MFU"
 LEAST_STEPS = 5
+CHANGED = "with "
+"""How the note of a row begins that is no recipe as it is: the changes follow, as on the command line."""
 NO_BASELINE, WITHIN, SLOWER, FASTER = "no baseline", "within", "slower", "faster (record it)"
 
 
@@ -84,6 +87,38 @@ class Row:
     tolerance: float | None
     reproduces: str
     note: str
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """A row of peers.csv: what another library did of a recipe's work, and what ours did in the same process.
+
+    ``libraries`` are its versions, ``digest`` and ``commit`` those of ours beside it; ``value`` and ``ours``, the
+    faster of ours, are in ``unit``; ``ratio`` is ours over its; ``of_matmul`` is its share of the product measured
+    then; ``peak_gib`` is empty where sides were held at once.
+    """
+
+    hardware: str
+    devices: int
+    stack: str
+    libraries: str
+    model: str
+    work: str
+    recipe: str
+    digest: str
+    commit: str
+    date: str
+    mode: str
+    settings: str
+    unit: str
+    value: float
+    spread: float
+    step_s: float
+    mfu: float | None
+    of_matmul: float
+    peak_gib: float | None
+    ours: float
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -165,15 +200,9 @@ def record(measured: Measurement, where: Path, *, allow_dirty: bool = False, not
     which leaves the mark ``+dirty``), no digest, hardware, stack or date, or too few steps for a spread. The
     tolerance of an older row of the same hardware and recipe is kept.
     """
-    _check_commit(measured.commit, allow_dirty)
-    for name in ("hardware", "digest", "stack", "date", "recipe"):
-        if not getattr(measured, name).strip():
-            raise UserError(f"record: {name} is not known; a number without it cannot be recorded")
-    _check_steps(measured.steps)
+    _check(measured, allow_dirty)
     unit = _unit(measured, where)
-    value = measured.value(unit)
-    if value is None or not math.isfinite(value) or value <= 0:
-        raise UserError(f"record: the measured speed is {value} {unit}, not a positive number")
+    value = _positive(measured, unit)
     known = measured.peak.source != "measured matmul"
     if not known:
         note = "; ".join(filter(None, (note, f"{measured.mfu:.1%} of a measured matmul")))
@@ -200,8 +229,76 @@ def record(measured: Measurement, where: Path, *, allow_dirty: bool = False, not
             reproduces=measured.reproduces or "",
             note=note,
         )
-        _append(path, row)
+        _append(path, [row])
     return row
+
+
+def record_peers(
+    found: Sequence[tuple[Measurement, Mapping[str, str], float, float]],
+    where: Path,
+    *,
+    alone: bool = True,
+    allow_dirty: bool = False,
+) -> list[PeerRow]:
+    """Append what peers did to peers.csv, all in one move, and return the rows.
+
+    Each is what was measured beside ours, the fields of its row that a measurement does not have (``libraries``,
+    ``work``, ``mode``, ``settings``), its share of the measured matrix product, and ours over its speed. The memory is
+    its own if it ran ``alone``. Raises UserError like ``record``.
+    """
+    rows = []
+    for measured, fields_, of_matmul, ratio in found:
+        _check(measured, allow_dirty)
+        value = _positive(measured, measured.unit)
+        known = measured.peak.source != "measured matmul"
+        rows.append(
+            PeerRow(
+                hardware=measured.hardware,
+                devices=measured.devices,
+                stack=measured.stack,
+                model=measured.model,
+                recipe=measured.recipe,
+                digest=measured.digest,
+                commit=measured.commit or "",
+                date=measured.date,
+                unit=measured.unit,
+                value=_figures(value),
+                spread=_figures(measured.spread, 3),
+                step_s=_figures(measured.step_s),
+                mfu=_figures(measured.mfu, 4) if known else None,
+                of_matmul=_figures(of_matmul, 4),
+                peak_gib=_figures(measured.peak_bytes / 2**30, 4) if alone else None,
+                ours=_figures(value * ratio),
+                ratio=_figures(ratio, 4),
+                **fields_,
+            )
+        )
+    with _locked(where):
+        read_peers(where)
+        _append(where / PEERS, rows)
+    return rows
+
+
+def read_peers(where: Path) -> list[PeerRow]:
+    """Return what is recorded of peers, oldest first; nothing when there is no file yet."""
+    path = where / PEERS
+    return _read(path, PeerRow) if path.exists() else []
+
+
+def _check(measured: Measurement, allow_dirty: bool) -> None:
+    """Raise UserError unless the origin of a measurement is known and it has a spread."""
+    _check_commit(measured.commit, allow_dirty)
+    for name in ("hardware", "digest", "stack", "date", "recipe"):
+        if not getattr(measured, name).strip():
+            raise UserError(f"record: {name} is not known; a number without it cannot be recorded")
+    _check_steps(measured.steps)
+
+
+def _positive(measured: Measurement, unit: str) -> float:
+    value = measured.value(unit)
+    if value is None or not math.isfinite(value) or value <= 0:
+        raise UserError(f"record: the measured speed is {value} {unit}, not a positive number")
+    return value
 
 
 def _check_steps(steps: int) -> None:
@@ -217,6 +314,7 @@ def prepare(
     baselines: Path | str | None = None,
     record: bool,
     allow_dirty: bool,
+    files: Sequence[Path] = (),
 ) -> Path:
     """Return the baselines' folder, and raise now what would stop a comparison or a record after measuring."""
     where = folder(baselines)
@@ -224,7 +322,7 @@ def prepare(
         find(where, reproduces)
     if record:
         _check_steps(steps)
-        _check_commit(perf.commit(model_package), allow_dirty)
+        _check_commit(perf.commit(model_package, files=files), allow_dirty)
         if not os.access(where, os.W_OK):
             raise UserError(f"{where}: not writable; --record needs to add a row there")
     return where
@@ -255,7 +353,7 @@ def report(
     if measured.reproduces:
         console.print(_against(measured, find(where, measured.reproduces)), highlight=False, soft_wrap=True)
     verdict = compare(measured, read(where, measured.model), tolerance=tolerance)
-    console.print(_spoken(verdict), highlight=False, soft_wrap=True)
+    console.print(spoken(verdict), highlight=False, soft_wrap=True)
     if keep:
         record(measured, where, allow_dirty=allow_dirty)
         console.print(f"recorded in {where / f'{measured.model}.csv'}", highlight=False, soft_wrap=True)
@@ -285,7 +383,8 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
-def _spoken(verdict: Verdict) -> str:
+def spoken(verdict: Verdict) -> str:
+    """Return a verdict in words, with rich's markup."""
     row, ratio = verdict.baseline, verdict.ratio
     if row is None or ratio is None:
         return f"baseline: {verdict.status} for this hardware, device count and recipe"
@@ -338,7 +437,7 @@ def _figures(value: float, digits: int = 6) -> float:
     return float(f"{value:.{digits}g}")
 
 
-T = TypeVar("T", Published, Row)
+T = TypeVar("T", Published, Row, PeerRow)
 
 
 def _read(path: Path, kind: type[T]) -> list[T]:
@@ -380,15 +479,18 @@ def _finite(cell: str) -> float:
     return value
 
 
-def _append(path: Path, row: Row) -> None:
+def _append(path: Path, rows: Sequence[Row] | Sequence[PeerRow]) -> None:
+    if not rows:
+        return
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     if not text:
-        writer.writerow(f.name for f in fields(Row))
+        writer.writerow(f.name for f in fields(rows[0]))
     elif not text.endswith("\n"):
         out.write("\n")
-    writer.writerow("" if v is None else v for v in asdict(row).values())
+    for row in rows:
+        writer.writerow("" if v is None else v for v in asdict(row).values())
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -469,7 +571,7 @@ def _cells(row: Row, told: Published | None) -> tuple[str, ...]:
         if value is not None and _comparable(told, told.unit, row.devices, row.mfu is not None):
             ratio = f"{value / told.npu:.2f} x"
     return (
-        f"  [cyan]{row.recipe}[/]",
+        f"  [cyan]{row.recipe}[/]" + (f" [dim]{row.note}[/]" if row.note.startswith(CHANGED) else ""),
         f"[cyan]{row.devices} x {row.hardware}[/]",
         f"[cyan]{_number(row.value)} {row.unit}[/]",
         ratio,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from . import launch
 from . import recipe as recipes
@@ -62,8 +62,8 @@ _WIDE = 160
 _PLAIN_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-class _Group(TyperGroup):
-    """Commands whose mistakes end in one line on stderr and exit status 2."""
+class _OneLine:
+    """What ends a command's mistakes in one line on stderr and exit status 2."""
 
     def main(
         self,
@@ -77,7 +77,8 @@ class _Group(TyperGroup):
         status: Any = 0
         try:
             launch.follow_launcher()
-            status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            command: Any = super()  # of click, by the class this is mixed into
+            status = command.main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except UserError as error:
             launch.report(_line(error), status=2)
             status = 2
@@ -89,6 +90,14 @@ class _Group(TyperGroup):
                 with launch.crashes():
                     raise
         sys.exit(status if isinstance(status, int) else 0)
+
+
+class _Group(_OneLine, TyperGroup):
+    """Commands of one program."""
+
+
+class _Command(_OneLine, TyperCommand):
+    """A program that is one command."""
 
 
 def _known(error: Exception) -> int | None:
@@ -461,6 +470,18 @@ def _print(table: Table) -> None:
 def run(model: Model) -> None:
     """Run a model's command line: what its console script calls."""
     typer.main.get_command(app(model))(prog_name=f"mindspeed-{model.name}")
+
+
+def run_script(function: Callable[..., None]) -> None:
+    """Run a function as the command line of the script that calls this; its mistakes are one line too."""
+    cli = typer.Typer(
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    cli.command(cls=_Command)(function)
+    typer.main.get_command(cli)(prog_name=Path(sys.argv[0]).name)
 
 
 def common() -> None:

@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,16 @@ def _cann() -> str | None:
     return None
 
 
-def commit(*packages: str) -> str | None:
+def commit(*packages: str, files: Sequence[Path] = ()) -> str | None:
     """Return what code runs: the git commit its sources stand at, else the installed distributions' versions.
 
-    ``packages`` are import names; core is always one of them. A commit whose source folders hold changes, new files
-    included, ends in ``+dirty``. None when it cannot be told, for instance in a repository without a commit.
+    ``packages`` are import names; core is always one of them; ``files`` are sources beside them, in a checkout. A
+    commit whose sources hold changes, new files included, ends in ``+dirty``. None when it cannot be told, for
+    instance in a repository without a commit.
     """
     found: list[str] = []
-    for package in dict.fromkeys((*packages, __package__ or "mindspeed_model_core")):
-        each = _version(package)
+    names = dict.fromkeys((*packages, __package__ or "mindspeed_model_core"))
+    for each in [*map(_version, names), *map(_standing, files)]:
         if each is None:
             return None
         if each not in found:
@@ -85,14 +86,20 @@ def _version(package: str) -> str | None:
             return None
         # An environment inside a checkout is ignored by it: the checkout's commit is not the installed code's.
         if ignored.returncode != 0:
-            head = _git(folder, "rev-parse", "--short=12", "HEAD")
-            status = _git(folder, "status", "--porcelain", "--", str(folder))
-            if head is None or status is None or head.returncode or status.returncode:
-                return None
-            return head.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
+            return _standing(folder)
     for name in metadata.packages_distributions().get(package, ()):
         return f"{name}=={metadata.version(name)}"
     return None
+
+
+def _standing(path: Path) -> str | None:
+    """Return the commit that a file or folder stands at, with ``+dirty`` where it is changed."""
+    folder = path if path.is_dir() else path.parent
+    head = _git(folder, "rev-parse", "--short=12", "HEAD")
+    status = _git(folder, "status", "--porcelain", "--", str(path))
+    if head is None or status is None or head.returncode or status.returncode:
+        return None
+    return head.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
 
 
 def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str] | None:
@@ -189,15 +196,20 @@ def measure(recipe: Recipe, model: Model, *, steps: int = 10, warmup: int = 3, s
     from .train import Session
 
     mesh = open_mesh(recipe.parallel, buffers=buffers.sizes(recipe, model))
-    changes: dict[str, Any] = {"init_from": None}
-    if recipe.lora is not None:
-        changes["lora"] = recipe.lora.model_copy(update={"init_from": None})
-    opened = Session(recipe.model_copy(update=changes), model, mesh, synthetic=True)
+    opened = Session(from_random(recipe), model, mesh, synthetic=True)
     opened.start()
     measured = _measure(recipe, model, opened, steps, warmup)
     # Not after an error: the other ranks may be anywhere, and leaving the group would wait for them.
     close_mesh(mesh)
     return measured
+
+
+def from_random(recipe: Recipe) -> Recipe:
+    """Return the recipe with no weights to read: all are random."""
+    changes: dict[str, Any] = {"init_from": None}
+    if recipe.lora is not None:
+        changes["lora"] = recipe.lora.model_copy(update={"init_from": None})
+    return recipe.model_copy(update=changes)
 
 
 def _measure(recipe: Recipe, model: Model, session: Any, steps: int, warmup: int) -> Measurement:
@@ -221,12 +233,43 @@ def _measure(recipe: Recipe, model: Model, session: Any, steps: int, warmup: int
     *seconds, peak_bytes = _most(mesh, [*clock.seconds(), float(devices.peak_memory(device))])
     # The step's sums over all ranks: loss, samples, units, model FLOPs, ...
     work = [Work(round(samples), round(units), flops) for _, samples, units, flops, *_ in (t.read() for t in totals)]
-    hardware = devices.name(device)
     parts = breakdown.take(session, marks, marked)
     reached = measured_peak(device, recipe.precision)
     products, copies = _most(mesh, [reached.flops, copy_rate(device)])
     moved = statistics.mean(each[0] for each in mesh.gather([float(session.optimizer.moved)]))
-    peak = known_peak(hardware, recipe.precision) or Peak(products, reached.source)
+    measured = result(
+        recipe,
+        model,
+        device,
+        work,
+        seconds,
+        unit=session.task.unit,
+        world=mesh.world,
+        warmup=warmup,
+        peak=known_peak(devices.name(device), recipe.precision) or Peak(products, reached.source),
+        peak_bytes=int(peak_bytes),
+    )
+    return replace(measured, breakdown=parts, ceilings=Ceilings(products, copies, moved))
+
+
+def result(
+    recipe: Recipe,
+    model: Model,
+    device: torch.device,
+    work: Sequence[Work],
+    seconds: Sequence[float],
+    *,
+    unit: str,
+    world: int = 1,
+    warmup: int,
+    peak: Peak,
+    peak_bytes: int,
+    files: Sequence[Path] = (),
+) -> Measurement:
+    """Return what timed steps amount to: the work of each over all devices, and the seconds it took.
+
+    ``files`` are sources outside the packages that decided what was measured; see ``commit``.
+    """
     pairs = list(zip(work, seconds, strict=True))
     return Measurement(
         model=model.name,
@@ -235,27 +278,26 @@ def _measure(recipe: Recipe, model: Model, session: Any, steps: int, warmup: int
         digest=recipe.digest(),
         precision=recipe.precision,
         device=device.type,
-        hardware=hardware,
-        devices=mesh.world,
+        hardware=devices.name(device),
+        devices=world,
         stack=stack(),
-        commit=commit(model.package),
+        commit=commit(model.package, files=files),
         date=datetime.date.today().isoformat(),
-        task_unit=session.task.unit,
-        steps=steps,
+        task_unit=unit,
+        steps=len(pairs),
         warmup=warmup,
         step_s=statistics.median(seconds),
-        quartiles=_quartiles(seconds),
+        quartiles=quartiles(seconds),
         samples_per_s=statistics.median(w.samples / s for w, s in pairs),
         units_per_s=statistics.median(w.units / s for w, s in pairs),
-        flops=statistics.median(w.flops / s for w, s in pairs) / mesh.world,
+        flops=statistics.median(w.flops / s for w, s in pairs) / world,
         peak=peak,
-        peak_bytes=int(peak_bytes),
-        breakdown=parts,
-        ceilings=Ceilings(products, copies, moved),
+        peak_bytes=peak_bytes,
     )
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -74,13 +74,14 @@ def test_published_rows_are_whole():
 
 
 def test_recorded_files_can_be_read():
-    files = [f for f in (REPOSITORY / "perf_baselines").glob("*.csv") if f.name != "published.csv"]
+    files = [f for f in (REPOSITORY / "perf_baselines").glob("*.csv") if f.name not in ("published.csv", "peers.csv")]
     assert "llama2.csv" in {f.name for f in files}
     ids = {r.id for r in baseline.published(REPOSITORY / "perf_baselines")}
     for file in files:
         for row in baseline.read(file.parent, file.stem):
             assert row.reproduces in {"", *ids}
             assert row.commit and row.value > 0
+    assert all(row.libraries and row.ours > 0 for row in baseline.read_peers(REPOSITORY / "perf_baselines"))
 
 
 # --- finding the folder ---
@@ -307,13 +308,13 @@ def test_prepare_refuses_before_measuring(where, monkeypatch):
     def prepare(record: bool = True, allow_dirty: bool = False, steps: int = 5) -> Path:
         return baseline.prepare("pkg", LLAMA_7B, steps=steps, baselines=where, record=record, allow_dirty=allow_dirty)
 
-    monkeypatch.setattr(perf, "commit", lambda *_: "abc+dirty")
+    monkeypatch.setattr(perf, "commit", lambda *_, **__: "abc+dirty")
     with pytest.raises(UserError, match="the sources hold changes"):
         prepare()
     assert prepare(allow_dirty=True) == prepare(record=False, steps=1) == where
     with pytest.raises(UserError, match="--steps=4: 5 or more timed steps"):
         prepare(allow_dirty=True, steps=4)
-    monkeypatch.setattr(perf, "commit", lambda *_: None)
+    monkeypatch.setattr(perf, "commit", lambda *_, **__: None)
     with pytest.raises(UserError, match="commit is not known"):
         prepare()
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import lora
 from ..errors import UserError
@@ -206,11 +206,17 @@ def initialise(parallel: Parallel, seed: int, of: Callable[[str], bool] = lambda
     for name, shard in parallel.shards.items():
         if not of(name):
             continue
-        generator = torch.Generator(device).manual_seed(_seed(seed, name))
-        whole = torch.empty(shard.shape, dtype=torch.float32, device=device)
-        with torch.no_grad():
-            (lora.initialise if lora.is_factor(name) else parallel.net.initialise)(name, whole, generator)
+        whole = initial(parallel.net, name, tuple(shard.shape), seed, device)
         shard.write(shard.placement.narrow(whole, shard.tp_rank, shard.tp))
+
+
+def initial(net: Trunk, name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Return a whole parameter's random initial value in fp32, which follows from the seed and its name."""
+    generator = torch.Generator(device).manual_seed(_seed(seed, name))
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        (lora.initialise if lora.is_factor(name) else net.initialise)(name, whole, generator)
+    return whole
 
 
 def _seed(seed: int, name: str) -> int:
