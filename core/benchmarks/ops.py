@@ -65,6 +65,12 @@ def rows() -> Iterator[Row]:
         "4096x32000",
         lambda r: (r(LLAMA, 32000), torch.randint(32000, (LLAMA,), device=devices.pick())),
     )
+    yield Row(
+        "linear_cross_entropy",
+        "16384x4096, 32000",
+        lambda r: (r(4 * LLAMA, LLAMA), r(32000, LLAMA), torch.randint(32000, (4 * LLAMA,), device=devices.pick())),
+        3 * 2 * 4 * LLAMA * LLAMA * 32000,
+    )
     heads = (32, 32, 32)
     ones = (LLAMA,)
     yield Row(

@@ -379,6 +379,11 @@ def app(model: Model) -> typer.Typer:
         from . import baseline, perf
 
         resolved = model.load_recipe(recipe, overrides or ())
+        if record and resolved.recompute == "auto":
+            raise UserError(
+                "--record: recompute=auto is as many blocks as the memory that is free now asks for; record the number "
+                "that it prints, recompute=N"
+            )
         where = None
         if compare or record or baselines:
             where = baseline.prepare(

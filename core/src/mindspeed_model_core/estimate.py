@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import lora
+from . import lora, ops
 from .model import Model
 from .parallel.apply import COMPUTE, MASTER, check, recomputed
 from .parallel.context import ContextParallel, ContextShared
@@ -113,20 +114,21 @@ def estimate(recipe: Recipe, model: Model, world: int) -> Estimate:
     )
 
 
-def fewest_recomputed(recipe: Recipe, model: Model, world: int, free: int) -> int:
-    """Return how few of each stage's blocks must run again in backward for a recipe to fit into ``free`` bytes.
+def fewest_recomputed(recipe: Recipe, model: Model, world: int, free: int) -> tuple[int, int]:
+    """Return how few of each stage's blocks must run again in backward for a recipe to fit, and the bytes it needs.
 
-    A share of them is left for what is not estimated. All, if that is still too much.
+    Of the ``free`` bytes a share is left for what is not estimated. All blocks, if even that is too much.
     """
     net = _whole(recipe, model, world)
     held = len(net.blocks) // recipe.parallel.pp
     _narrow(net, recipe.parallel)
     activations = _activations(net, recipe, model)
-    for count in range(held):
+    for count in range(held + 1):
         with_count = recipe.model_copy(update={"recompute": count})
-        if max(stage.total for stage in _stages(net, with_count, world, activations)) <= (1 - SPARE) * free:
-            return count
-    return held
+        needed = max(stage.total for stage in _stages(net, with_count, world, activations))
+        if needed <= (1 - SPARE) * free:
+            break
+    return count, needed
 
 
 def _whole(recipe: Recipe, model: Model, world: int) -> Trunk:
@@ -343,7 +345,7 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
     batch = _on_meta(task.encode(next(iter(task.synthetic(0, 1)))[0]))
     net.to(COMPUTE[recipe.precision])
     weights = net.parameters()
-    with Fused() as fused:
+    with ops.at_level(recipe.optimization_level), Fused() if _fuses(recipe) else nullcontext() as fused:
         context = net.context(batch)
         given = {t.untyped_storage()._cdata: t for t in [*weights, *_tensors(batch)]}
         shared = {t.untyped_storage()._cdata: t for t in _tensors(context)}
@@ -354,7 +356,7 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         state = _entering(state)
         with Saved(known) as block:
             state = net.step(0, next(net.blocks.children()), state, context)
-        attention = fused.attention
+        attention = 0 if fused is None else fused.attention
         state = _entering(state)
         with Saved(known) as last:
             net.finish(state, context)
@@ -367,6 +369,11 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         first=first.bytes,
         last=last.bytes + 4 * logits,
     )
+
+
+def _fuses(recipe: Recipe) -> bool:
+    with ops.at_level(recipe.optimization_level):
+        return ops.level() > 0
 
 
 def _entering(state: State) -> State:

@@ -250,10 +250,11 @@ def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
 def _fitting(recipe: Recipe, model: Model, mesh: Mesh) -> int:
     """Return the fewest blocks to recompute that fit on every rank, and say so."""
     free = min(mesh.gather(devices.free_memory(mesh.device)))
-    count = fewest_recomputed(recipe, model, mesh.world, free)
+    count, needed = fewest_recomputed(recipe, model, mesh.world, free)
     if mesh.rank == 0:
         stage = " of each stage" if mesh.pp > 1 else ""
-        print(f"recompute=auto: {count} blocks{stage}, for {free / 2**30:.1f} GiB of free memory", file=sys.stderr)
+        needs = f"about {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} that are free"
+        print(f"recompute=auto: {count} blocks{stage}, which needs {needs}", file=sys.stderr)
     return count
 
 

@@ -57,6 +57,13 @@ def test_a_data_rank_without_labels():
         assert_equivalent(Job(JOB.build, JOB.task, batches), 2, layout, FP64)
 
 
+@pytest.mark.parametrize("fields", [{"pp": 2}, {"pp": 2, "tp": 2, "sequence": True}], ids=["pp2", "tp2-sequence-pp2"])
+def test_blocks_that_run_again_across_stages(fields):
+    """Between a micro-batch's forward and its recomputation, the gradients of an earlier one came to be."""
+    job = Job(JOB.build, JOB.task, six, recompute="all")
+    assert_equivalent(job, 2 * fields.get("tp", 1), fields, FP64)
+
+
 def test_fewer_micro_batches_than_stages():
     job = Job(JOB.build, JOB.task, lambda step: [toy.batch(2 * step + i) for i in range(2)])
     assert_equivalent(job, 4, {"pp": 4}, FP64)

@@ -292,3 +292,9 @@ def test_a_console_script_ends_with_the_commands_status(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, "show", "bass"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_a_number_that_hangs_on_free_memory_is_not_recorded() -> None:
+    assert (
+        "recompute=auto" in (said := refused("measure", "base", "recompute=auto", "--record")) and "recompute=N" in said
+    )

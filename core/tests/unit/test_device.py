@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from mindspeed_model_core import device
 from mindspeed_model_core.errors import UserError
 
@@ -24,3 +26,20 @@ def test_more_processes_than_devices_are_refused(monkeypatch, count, said):
     assert len(chosen) == 1
     monkeypatch.setenv(device.VARIABLE, "cpu")
     assert device.pick().type == "cpu"
+
+
+def test_free_memory_on_a_cpu_is_a_processs_part_of_what_can_be_had(monkeypatch) -> None:
+    machine = psutil.virtual_memory()
+    free = device.free_memory(torch.device("cpu"))
+    assert 0 < free <= machine.total
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12))
+    monkeypatch.setattr(device, "_number_in", lambda path: {"memory.max": 8000, "memory.current": 3000}[path.name])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device.free_memory(torch.device("cpu")) == 1250
+    monkeypatch.setattr(device, "_number_in", lambda path: None)
+    assert device.free_memory(torch.device("cpu")) == 10**12 // 4
+
+
+def test_free_memory_of_an_accelerator_is_what_nobody_uses(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (3, 5))
+    assert device.free_memory(torch.device("cuda:0")) == 3

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.estimate import SPARE, Estimate, Saved, estimate, fewest_recomputed
+from mindspeed_model_core.ops import loss
 from mindspeed_model_core.testing import toy
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,20 +114,40 @@ def test_as_few_blocks_run_again_as_memory_lets() -> None:
     # One alone saves nothing: while it runs again, its activations are there.
     for count, following in {0: 2, 2: 3, 3: 4, 4: 4}.items():
         least = math.ceil(needs[count] / (1 - SPARE))
-        assert fewest_recomputed(recipe, MODEL, 1, least) == count
-        assert fewest_recomputed(recipe, MODEL, 1, least - 1) == following
-    assert fewest_recomputed(recipe, MODEL, 1, 0) == C.layers
+        assert fewest_recomputed(recipe, MODEL, 1, least) == (count, needs[count])
+        assert fewest_recomputed(recipe, MODEL, 1, least - 1) == (following, needs[following])
+    assert fewest_recomputed(recipe, MODEL, 1, 0) == (C.layers, needs[C.layers])
     halves = ToyRecipe(**recipe.model_dump(exclude={"parallel"}), parallel={"pp": 2})
-    assert fewest_recomputed(halves, MODEL, 2, 0) == C.layers // 2
+    assert fewest_recomputed(halves, MODEL, 2, 0)[0] == C.layers // 2
+    # The last stage, with the head, is the fullest.
+    fields = {
+        "config": {"vocab": 4096},
+        "parallel": {"pp": 2},
+        "precision": "fp32",
+        "global_batch": 8,
+        "micro_batch": 2,
+    }
+    heavy = [plan(2, **fields, recompute=count) for count in (0, 2)]
+    assert [each.stage for each in heavy] == [1, 1]
+    auto = ToyRecipe(preset="tiny", recompute="auto", **fields)
+    assert fewest_recomputed(auto, MODEL, 2, int(heavy[0].memory.total / (1 - SPARE)) - 1)[0] > 0
+    assert fewest_recomputed(auto, MODEL, 2, int(heavy[0].memory.total / (1 - SPARE)) + 1)[0] == 0
     assert any("recompute=auto: this is with no block recomputed" in note for note in plan(recompute="auto").notes)
 
 
-def test_head_keeps_gradients_and_where_it_is_cut_logits_and_one_fp32_gradient_of_the_largest() -> None:
-    logits, rows = TOKENS * C.vocab, TOKENS * C.width
-    norm = 4 * rows + 4 * TOKENS  # its input, and an fp32 number a token
-    assert plan().memory.head == norm + 4 * (rows + C.vocab * C.width) + 4 * max(rows, C.vocab * C.width)
+def test_head_keeps_logits_and_one_fp32_gradient_of_them() -> None:
+    logits = TOKENS * C.vocab
+    rest = 4 * TOKENS * C.width * 2 + 4 * TOKENS * 2  # norm's input and output; two fp32 numbers a token
+    assert plan().memory.head == 4 * logits + 4 * logits + rest
     half = plan(2, parallel={"tp": 2}).memory.head
-    assert half == norm + 4 * rows + 4 * TOKENS + 4 * logits
+    assert half == 4 * logits + rest
+
+
+def test_head_keeps_no_logits_that_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.AT_ONCE, "meta", TOKENS * C.vocab // 2 - 1)
+    rows = TOKENS * C.width
+    # The norm's input and output, a number of each, of the loss too; then a gradient of its output.
+    assert plan().memory.head == 4 * (2 * rows + 2 * TOKENS) + 4 * rows
 
 
 def test_the_first_stage_keeps_most_micro_batches() -> None:
@@ -190,3 +211,9 @@ def test_title_and_table_say_what_it_is_for() -> None:
     assert got.title.startswith("memory per device on 8 devices: tp 2 x pp 2 x dp 2, stage 0 of 0-1")
     assert got.table().row_count == 6
     assert got.memory.total == sum(vars(got.memory).values())
+
+
+def test_plain_formulas_are_estimated_as_such() -> None:
+    """Attention then keeps its probabilities."""
+    probabilities = 4 * 2 * C.heads * 16 * 16
+    assert plan(optimization_level=0).memory.activations >= plan().memory.activations + C.layers * probabilities

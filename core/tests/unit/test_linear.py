@@ -101,9 +101,9 @@ def test_a_step_adds_up_its_products_without_rounding(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(layer, "accumulate_product_", logged)
     now, before = gradients("bf16", 2), gradients("bf16", 0)
-    layers = [n for n in now if n.endswith(("up.weight", "down.weight", "side.weight"))]
-    assert len(layers) == len(seen) == 6 and all(len(products) == 6 for products in seen.values())
-    for name in now.keys() - {"head.weight"}:  # has no product of its own, see ops/loss.py
+    layers = [n for n in now if n.endswith(("up.weight", "down.weight", "side.weight", "head.weight"))]
+    assert len(layers) == len(seen) == 7 and all(len(products) == 6 for products in seen.values())
+    for name in now:
         if name not in layers:
             assert torch.equal(now[name], before[name]), name
     # The buffers lie one after another, in the order of the parameters.
@@ -125,11 +125,12 @@ def test_in_one_type_layers_add_to_the_first_gradient(precision: Any, bound: flo
     for number, shard in enumerate(made.shards.values()):
         shard.write(draw(*shard.shape, seed=number).to(shard.master.dtype))
     weights = [shard.parameter for shard in made.shards.values() if shard.parameter.dim() > 1]
-    assert all(layer.accumulator(weight) is None for weight in weights)
+    sums = [layer.accumulator(weight) for weight in weights]
+    assert all(total.tensor is None for total in sums)
     pipeline.run(made, [toy.batch(0)], lambda out, _: out, torch.tensor(1.0))
-    assert all(layer.accumulator(weight) is weight.grad is not None for weight in weights)
+    assert all(total.tensor is weight.grad is not None for total, weight in zip(sums, weights, strict=True))
     made.gradients.clear()
-    assert all(layer.accumulator(weight) is weight.grad is None for weight in weights)
+    assert all(total.tensor is weight.grad is None for total, weight in zip(sums, weights, strict=True))
     plain, fused = gradients(precision, 0), gradients(precision, 2)
     assert all(error(fused, plain, name) < bound for name in plain)
 
@@ -138,4 +139,4 @@ def test_in_one_type_there_is_no_pass_to_add_up(monkeypatch: pytest.MonkeyPatch)
     real, made = layer.accumulate_product_, []
     monkeypatch.setattr(layer, "accumulate_product_", lambda *each: made.append(each) or real(*each))
     gradients("fp32")
-    assert len(made) == 6 * 5  # layers, and micro-batches after the first
+    assert len(made) == 7 * 5  # layers, and micro-batches after the first

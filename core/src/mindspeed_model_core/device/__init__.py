@@ -97,7 +97,20 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes that nothing uses on the device; on CPU this process's part of those of its machine."""
     if device.type != "cpu":
         return int(module(device).mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    import psutil
+
+    free = psutil.virtual_memory().available
+    limit, used = (_number_in(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:  # a container's, below the machine's
+        free = min(free, max(limit - used, 0))
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
 
 
 def name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.linear import accumulator, weight_gradient
+from ..ops.linear import Sum, accumulator, weight_gradient
 from ..parallel.placement import Placement
 from ..parallel.tensor import TensorParallel
 
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
     def _project(self, x: Tensor) -> Tensor:
         if self.tp is None or self.split is None:
             if x.dtype != self.weight.dtype == torch.bfloat16:
-                return _Wide.apply(x, self.weight, self.bias, accumulator(self.weight, x.dtype))
+                return _Wide.apply(x, self.weight, self.bias, accumulator(self.weight))
             return ops.linear(x, self.weight, self.bias)
         if self.split == "out":
             return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
@@ -75,7 +75,7 @@ class _Wide(torch.autograd.Function):
     """A linear map in the input's dtype; the weights' copies in it live no longer than each product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Sum | None) -> Tensor:
         ctx.total = total
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

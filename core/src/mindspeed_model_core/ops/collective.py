@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear import HALVES, accumulator, rows, weight_gradient
+from .linear import HALVES, Sum, accumulator, rows, weight_gradient
 from .table import op
 
 
@@ -139,7 +139,7 @@ class _Column(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor | None, how: _InTurn, tokens: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Sum | None, how: _InTurn, tokens: bool
     ) -> Tensor:
         ctx.total, ctx.how, ctx.tokens, ctx.shape = total, how, tokens, x.shape
         needs_x, needs_weight, *_ = ctx.needs_input_grad
@@ -170,7 +170,7 @@ class _Row(torch.autograd.Function):
     """Input features are shared out: the output is a sum, of which with ``tokens`` each rank keeps its share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor | None, how: _InTurn, tokens: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Sum | None, how: _InTurn, tokens: bool) -> Tensor:
         ctx.total, ctx.how, ctx.tokens, ctx.shape = total, how, tokens, x.shape
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)

@@ -60,29 +60,45 @@ def _cuda_apart(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(torch.ops.aten.mm.dtype(a.T, b, torch.float32))
 
 
-def accumulate_gradient(weight: Tensor, total: Tensor | None) -> None:
+class Sum:
+    """What the gradients of one weight are added up in; ``tensor`` is None as long as there is none yet."""
+
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        self.tensor = tensor
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether there is a sum, and not one narrower than operands of this type."""
+        return self.tensor is not None and torch.promote_types(self.tensor.dtype, dtype) == self.tensor.dtype
+
+    def add(self, grad: Tensor, rows: Tensor) -> None:
+        """Add ``grad^T rows``."""
+        assert self.tensor is not None
+        accumulate_product_(self.tensor, grad, rows)
+
+
+def accumulate_gradient(weight: Tensor, total: Tensor | None) -> Sum:
     """Let layers add the gradient of a weight to ``total``, of its or a wider type, and not hand it to autograd.
 
-    What else uses the weight still hands its part to autograd, and the caller is to add that. None: as before.
+    What else uses the weight still hands its part to autograd, and the caller is to add that. The total may be set
+    and taken away later, in what is returned: layers look when they have a gradient, so that forward passes and
+    those that run again are alike.
     """
-    setattr(weight, _TOTAL, total)
+    made = Sum(total)
+    setattr(weight, _TOTAL, made)
+    return made
 
 
-def accumulator(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Return what a layer is to add the gradient of a weight to, from level 1; None: hand it to autograd.
-
-    With ``dtype``, the one of the operands, nothing narrower is returned.
-    """
+def accumulator(weight: Tensor) -> Sum | None:
+    """Return what a layer is to add the gradient of a weight to, from level 1; None: hand it to autograd."""
     wanted = level() >= 1 and weight.requires_grad and torch.is_grad_enabled()
-    total: Tensor | None = getattr(weight, _TOTAL, None) if wanted else None
-    return None if total is None or dtype not in (None, weight.dtype, total.dtype) else total
+    return getattr(weight, _TOTAL, None) if wanted else None
 
 
-def weight_gradient(total: Tensor | None, grad: Tensor, rows: Tensor) -> Tensor | None:
-    """Return ``grad^T rows``, or add it to ``total`` if there is one and return None."""
-    if total is None:
+def weight_gradient(total: Sum | None, grad: Tensor, rows: Tensor) -> Tensor | None:
+    """Return ``grad^T rows``, or add it to ``total`` if there is one that takes it and return None."""
+    if total is None or not total.takes(grad.dtype):
         return grad.T @ rows
-    accumulate_product_(total, grad, rows)
+    total.add(grad, rows)
     return None
 
 
@@ -99,7 +115,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Sum) -> Tensor:
         ctx.total = total
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
         return F.linear(x, weight, bias)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .linear import accumulate_product_, accumulator
+from .linear import Sum, accumulator
 from .linear import linear as project
 from .table import FLOATS, compiled, op
 
 IGNORE = -100
 AT_ONCE = {"cpu": 2**20, "cuda": 2**26, "npu": 2**26, "meta": 2**26}
-"""How many logits exist at a time, by kind of device: on a CPU what caches hold, elsewhere what fills the device."""
+"""How many logits are made at a time, by kind of device: on a CPU what caches hold, elsewhere what fills the device."""
+_WHEN = "more logits than are made at a time, twice"
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -93,82 +96,74 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(project(x, weight), labels).sum()
 
 
+def _many(x: Tensor, weight: Tensor, labels: Tensor) -> bool:
+    return len(x) * len(weight) > 2 * AT_ONCE[x.device.type]
+
+
 def _in_parts(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return _InParts.apply(x, weight, labels, accumulator(weight))
 
 
 for _kind in ("cpu", "meta"):
-    linear_cross_entropy.on(_kind, "")(_in_parts)
-linear_cross_entropy.on("cuda", "torch.compile")(_in_parts)
-linear_cross_entropy.on("npu", "", when="fp16, bf16, fp32", takes=lambda x, *_: x.dtype in FLOATS)(_in_parts)
+    linear_cross_entropy.on(_kind, "", when=_WHEN, takes=_many)(_in_parts)
+linear_cross_entropy.on("cuda", "torch.compile", when=_WHEN, takes=_many)(_in_parts)
+linear_cross_entropy.on(
+    "npu",
+    "",
+    when=f"fp16, bf16, fp32; {_WHEN}",
+    takes=lambda x, weight, labels: x.dtype in FLOATS and _many(x, weight, labels),
+)(_in_parts)
 
 
 class _InParts(torch.autograd.Function):
-    """Computes gradients with the loss, a part of the tokens after the other, so that no logits are kept.
-
-    A sum has one gradient for all its terms: backward scales what is there. (Hsu et al. 2024, Liger Kernel,
-    arXiv:2410.10989, has the idea.)
-    """
+    """Makes the logits of a part of the tokens at a time, in backward again, so that they never exist in full."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, total: Tensor | None) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = max(1, AT_ONCE[x.device.type] // len(weight))
-        once = 0 < len(x) <= rows and (total is None or total.dtype == weight.dtype)
-        value = torch.zeros((), dtype=wide, device=x.device)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, total: Sum | None) -> Tensor:
+        ctx.total = total
+        ctx.parts = -(-len(x) * len(weight) // AT_ONCE[x.device.type])
+        loss_of = _loss_by_width if x.device.type == "cuda" else _loss
+        found = [loss_of(part @ weight.T, *rest) for part, *rest in _cut(ctx.parts, x, labels)]
+        ctx.save_for_backward(x, weight, labels, torch.cat([normaliser for _, normaliser in found]))
+        return torch.stack([loss for loss, _ in found]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, labels, normaliser = ctx.saved_tensors
+        slope_of: Callable[..., Tensor] = _slope_by_width if x.device.type == "cuda" else _slope
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         to_weight = None
-        if ctx.needs_input_grad[1] and not once:
-            to_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)
-        part_of = _part_by_width if x.device.type == "cuda" else _part
-        for at in range(0, len(x), rows):
-            part = x[at : at + rows]
-            loss, grad = part_of(part @ weight.T, labels[at : at + rows])
-            value += loss
+        if ctx.needs_input_grad[1] and (ctx.total is None or not ctx.total.takes(x.dtype)):
+            to_weight = Sum(torch.zeros(weight.shape, dtype=normaliser.dtype, device=x.device))
+        for number, (part, *rest) in enumerate(_cut(ctx.parts, x, labels, normaliser)):
+            slope = slope_of(part @ weight.T, *rest, grad)
             if to_x is not None:
-                torch.mm(grad, weight, out=to_x[at : at + rows])
-            if to_weight is not None:
-                accumulate_product_(to_weight, grad, part)
-            elif ctx.needs_input_grad[1]:
-                to_weight = grad.T @ part
-        ctx.total, ctx.dtype = total, weight.dtype
-        ctx.save_for_backward(to_x, to_weight)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        to_x, to_weight = ctx.saved_tensors
-        if to_x is not None:
-            to_x = to_x * grad.to(to_x.dtype)
-        if to_weight is not None and ctx.total is not None:
-            ctx.total.addcmul_(to_weight, grad)
-            to_weight = None
-        elif to_weight is not None:
-            to_weight = torch.mul(to_weight, grad, out=torch.empty_like(to_weight, dtype=ctx.dtype))
-        return to_x, to_weight, None, None
+                torch.mm(slope, weight, out=to_x.chunk(ctx.parts)[number])
+            if ctx.needs_input_grad[1]:
+                (to_weight or ctx.total).add(slope, part)
+        made = None if to_weight is None or to_weight.tensor is None else to_weight.tensor.to(weight.dtype)
+        return to_x, made, None, None
 
 
-def _part(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of losses and its gradient to the logits, which are overwritten."""
+def _cut(parts: int, *each: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.chunk(parts) for x in each), strict=True)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the losses, and what each token's logits are normalised by."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    kept = labels != IGNORE
-    labels = labels.clamp_min(0)[:, None]
-    normaliser = wide.logsumexp(-1)
-    loss = ((normaliser - wide.gather(-1, labels)[:, 0]) * kept).sum()
-    grad = wide.sub_(normaliser[:, None]).exp_()
-    grad.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=grad.dtype))
-    return loss, grad.mul_(kept[:, None]).to(logits.dtype)
-
-
-def _pure_part(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same as formulas that compile into passes over the logits."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    kept = labels != IGNORE
     mine = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
     normaliser = wide.logsumexp(-1)
-    loss = ((normaliser - torch.where(mine, wide, 0).sum(-1)) * kept).sum()
-    grad = ((wide - normaliser[:, None]).exp() - mine.to(wide.dtype)) * kept[:, None]
-    return loss, grad.to(logits.dtype)
+    return ((normaliser - torch.where(mine, wide, 0).sum(-1)) * (labels != IGNORE)).sum(), normaliser
 
 
-_part_by_width = compiled(_pure_part)
+def _slope(logits: Tensor, labels: Tensor, normaliser: Tensor, scale: Tensor) -> Tensor:
+    """Return the gradient of ``scale`` times the loss to the logits."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    mine = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+    away = (wide - normaliser[:, None]).exp() - mine.to(wide.dtype)
+    return (away * (scale * (labels != IGNORE))[:, None]).to(logits.dtype)
+
+
+_loss_by_width, _slope_by_width = compiled(_loss), compiled(_slope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,35 @@ def _npu_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.float() if x.dim() == 4 else x.float()[:, None]
     turned: Tensor = torch.ops.npu.npu_rotary_mul(wide, cos, sin, "interleave")
     return turned.view(x.shape).to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """Rotates each half into memory that is there already; backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        out = x * cos
+        (first, second), (to_first, to_second), (of_first, of_second) = (t.chunk(2, -1) for t in (x, out, sin))
+        to_first.addcmul_(second, of_first, value=-1)
+        to_second.addcmul_(first, of_second)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        out = grad * cos
+        (first, second), (to_first, to_second), (of_first, of_second) = (t.chunk(2, -1) for t in (grad, out, sin))
+        to_first.addcmul_(second, of_second)
+        to_second.addcmul_(first, of_first, value=-1)
+        return out, None, None
+
+
+@rope.on(
+    "cpu", "addcmul_", when="constant tables", takes=lambda x, cos, sin: not (cos.requires_grad or sin.requires_grad)
+)
+def _in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _Turn.apply(x, cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None])
 
 
 @rope_interleaved.on(

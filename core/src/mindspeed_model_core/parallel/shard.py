@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -141,6 +142,7 @@ class Gradients:
         self.shards, self.mesh = [s for s in shards.values() if s.trainable], mesh
         whole = [s for s in self.shards if not s.sharded]
         self.flat: dict[torch.dtype, Tensor] = {}
+        self._sums: list[ops.Sum] = []
         split = {s.name: s for s in whole if s.master.dtype != s.parameter.dtype}
         if mesh.replicas > 1 or split:
             self._lay_out(whole)
@@ -151,7 +153,9 @@ class Gradients:
                 shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
             elif shard.buffer is None and shard.parameter.dim() > 1:
                 # The first micro-batch's gradient is the sum to which the others are added.
-                shard.parameter.register_post_accumulate_grad_hook(_accumulate_onto_first)
+                total = ops.accumulate_gradient(shard.parameter, None)
+                self._sums.append(total)
+                shard.parameter.register_post_accumulate_grad_hook(partial(_keep, total))
 
     def _lay_out(self, shards: list[Shard]) -> None:
         for dtype in {s.master.dtype for s in shards}:
@@ -183,7 +187,8 @@ class Gradients:
         for shard in self.shards:
             if shard.buffer is None:
                 shard.parameter.grad = None
-                ops.accumulate_gradient(shard.parameter, None)
+        for total in self._sums:
+            total.tensor = None
 
 
 def _accumulate_into(shard: Shard) -> Callable[[Tensor], None]:
@@ -196,5 +201,5 @@ def _accumulate_into(shard: Shard) -> Callable[[Tensor], None]:
     return hook
 
 
-def _accumulate_onto_first(parameter: Tensor) -> None:
-    ops.accumulate_gradient(parameter, parameter.grad)
+def _keep(total: ops.Sum, parameter: Tensor) -> None:
+    total.tensor = parameter.grad
