@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from mindspeed_model_core import nn as layers
 from mindspeed_model_core import ops
-from mindspeed_model_core.parallel import apply, pipeline
+from mindspeed_model_core.parallel import apply, pipeline, shard
 from mindspeed_model_core.parallel.mesh import open_mesh
 from mindspeed_model_core.parallel.tensor import TensorParallel
 from mindspeed_model_core.recipe import ParallelConfig
@@ -57,11 +57,21 @@ def test_a_data_rank_without_labels():
         assert_equivalent(Job(JOB.build, JOB.task, batches), 2, layout, FP64)
 
 
-@pytest.mark.parametrize("fields", [{"pp": 2}, {"pp": 2, "tp": 2, "sequence": True}], ids=["pp2", "tp2-sequence-pp2"])
-def test_blocks_that_run_again_across_stages(fields):
-    """Between a micro-batch's forward and its recomputation, the gradients of an earlier one came to be."""
-    job = Job(JOB.build, JOB.task, six, recompute="all")
-    assert_equivalent(job, 2 * fields.get("tp", 1), fields, FP64)
+# The last is a layout whose replicas have buffers.
+SUMS = {
+    "pp2": (2, {"pp": 2}),
+    "tp2-sequence-pp2": (4, {"pp": 2, "tp": 2, "sequence": True}),
+    "pp2-dp2": (4, {"pp": 2}),
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("name", SUMS)
+def test_layers_that_add_up_their_gradients_equal_those_that_do_not(name, recompute, monkeypatch):
+    """Across stages, an earlier micro-batch's gradients come to be between one's forward and its recomputation."""
+    monkeypatch.setattr(shard, "SUMMING", ("cpu",))
+    world, fields = SUMS[name]
+    assert_equivalent(Job(JOB.build, JOB.task, JOB.batches, recompute=recompute), world, fields, FP64)
 
 
 def test_fewer_micro_batches_than_stages():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mindspeed_model_core import lora, ops
 from mindspeed_model_core.parallel import apply, pipeline
+from mindspeed_model_core.parallel import shard as shard_module
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.recipe import LoraConfig, ParallelConfig
 from mindspeed_model_core.testing import toy
@@ -118,7 +119,10 @@ def test_recomputation_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("fp64", 1e-12), ("bf16-pure", 2e-2)])
-def test_in_one_type_layers_add_to_the_first_gradient(precision: Any, bound: float) -> None:
+def test_in_one_type_layers_add_to_the_first_gradient(
+    precision: Any, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_module, "SUMMING", ("cpu",))
     with torch.device("meta"):
         net = toy.Toy(CONFIG)
     made = apply.parallelize(net, Mesh(torch.device("cpu")), ParallelConfig(), precision=precision)
@@ -136,6 +140,7 @@ def test_in_one_type_layers_add_to_the_first_gradient(precision: Any, bound: flo
 
 
 def test_in_one_type_there_is_no_pass_to_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "SUMMING", ("cpu",))
     real, made = layer.accumulate_product_, []
     monkeypatch.setattr(layer, "accumulate_product_", lambda *each: made.append(each) or real(*each))
     gradients("fp32")

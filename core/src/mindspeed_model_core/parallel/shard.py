@@ -18,6 +18,9 @@ from .. import ops
 from .mesh import Mesh
 from .placement import Placement, placements
 
+SUMMING = ("cuda", "npu")
+"""Where layers also add up gradients of their weights' type: on a CPU a pass over them costs less than the calls."""
+
 
 @dataclass
 class Shard:
@@ -147,15 +150,16 @@ class Gradients:
         if mesh.replicas > 1 or split:
             self._lay_out(whole)
         for shard in whole:
-            if shard.buffer is not None:
-                ops.accumulate_gradient(shard.parameter, shard.buffer)
-            if shard.name in split:
-                shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
-            elif shard.buffer is None and shard.parameter.dim() > 1:
+            parameter, wider = shard.parameter, shard.name in split
+            if not wider and (parameter.dim() < 2 or parameter.device.type not in SUMMING):
+                continue
+            total = ops.accumulate_gradient(parameter, shard.buffer)
+            if wider:
+                parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
+            elif shard.buffer is None:
                 # The first micro-batch's gradient is the sum to which the others are added.
-                total = ops.accumulate_gradient(shard.parameter, None)
                 self._sums.append(total)
-                shard.parameter.register_post_accumulate_grad_hook(partial(_keep, total))
+                parameter.register_post_accumulate_grad_hook(partial(_keep, total))
 
     def _lay_out(self, shards: list[Shard]) -> None:
         for dtype in {s.master.dtype for s in shards}:
