@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -82,6 +83,15 @@ def optional(default: Any = None, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"digest": "set"}, **kwargs)
 
 
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")  # Python takes true for 1
+    return value
+
+
+_NUMBER = BeforeValidator(_no_flag)
+
+
 class HcclBuffers(Section):
     """Sizes in MB of HCCL's buffers, by the group that they belong to; null: HCCL_BUFFSIZE, 200 where it is not set."""
 
@@ -108,7 +118,7 @@ class ParallelConfig(Section):
     shard: Literal["none", "zero1", "zero2", "zero3"] = Field(
         "none", description="what data parallelism shards: optimizer states, gradients too, weights too"
     )
-    overlap_chunks: Literal[1, 2, 4, 8] = optional(
+    overlap_chunks: Annotated[Literal[1, 2, 4, 8], _NUMBER] = optional(
         1, description="parts of a tensor-parallel product, so that one's communication overlaps another; 1: off"
     )
     hccl_buffers: HcclBuffers | None = optional(description="communication buffers, on Ascend alone; null: HCCL's own")
@@ -234,7 +244,7 @@ class Recipe(Section):
         "nothing", description="what recomputed blocks keep: fused attention's results, which are small and dear"
     )
     deterministic: bool = False
-    optimization_level: Literal[0, 1, 2] = optional(
+    optimization_level: Annotated[Literal[0, 1, 2], _NUMBER] = optional(
         2, description="0: plain formulas; 1: fused ops; 2: also communication that overlaps computation"
     )
     lora: LoraConfig | None = optional(description="train adapters instead of the weights, which init_from names")

@@ -88,6 +88,7 @@ def test_unknown_key_names_path_and_nearest() -> None:
         ("parallel.sequence=true", ("sequence=true needs tp of 2 or more",)),
         ("parallel.overlap_chunks=2", ("overlap_chunks=2 needs tp of 2 or more", "parallel.overlap_chunks=1")),
         ("parallel.overlap_chunks=3", ("parallel.overlap_chunks=3", "1, 2, 4 or 8")),
+        ("optimization_level=true", ("optimization_level=True", "must be a number")),
         ("parallel.overlap_chunks=16", ("parallel.overlap_chunks=16", "did you mean '8'")),
         ("optim=3", ("optim", "3")),
         ("optim.lr.x=3", ("optim.lr.x",)),
