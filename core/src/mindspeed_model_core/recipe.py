@@ -247,6 +247,9 @@ class Recipe(Section):
     optimization_level: Annotated[Literal[0, 1, 2], _NUMBER] = optional(
         2, description="0: plain formulas; 1: fused ops; 2: also communication that overlaps computation"
     )
+    compile: bool = optional(
+        False, description="compile each block with torch.compile: fewer passes over memory, a slow first step"
+    )
     lora: LoraConfig | None = optional(description="train adapters instead of the weights, which init_from names")
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -277,6 +280,21 @@ class Recipe(Section):
             raise ValueError(
                 f"parallel.overlap_chunks={self.parallel.overlap_chunks}: needs optimization_level=2, this is "
                 f"{self.optimization_level}; set optimization_level=2 or parallel.overlap_chunks=1"
+            )
+        if self.compile and self.parallel.tp > 1:
+            raise ValueError(
+                f"parallel.tp={self.parallel.tp}: blocks are compiled whole on one device; set parallel.tp=1, or "
+                "compile=false"
+            )
+        if self.compile and self.lora is not None and self.lora.dropout > 0:
+            raise ValueError(
+                f"lora.dropout={self.lora.dropout}: what is drawn at random is not compiled; set lora.dropout=0, or "
+                "compile=false"
+            )
+        if self.compile and self.recompute_keep != "nothing":
+            raise ValueError(
+                f"recompute_keep={self.recompute_keep}: a compiled block cannot keep its attention alone; set "
+                "recompute_keep=nothing, or compile=false"
             )
         if self.optimization_level == 0 and self.recompute_keep == "attention":
             raise ValueError(NOTHING_TO_KEEP)

@@ -244,6 +244,7 @@ def prepare(recipe: Recipe, model: Model, mesh: Mesh) -> apply.Parallel:
         precision=recipe.precision,
         recompute=_fitting(recipe, model, mesh) if recipe.recompute == "auto" else recipe.recompute,
         recompute_keep=recipe.recompute_keep,
+        compile=recipe.compile,
     )
 
 

@@ -152,11 +152,11 @@ def test_a_width_that_changes_gets_a_graph_of_its_own(monkeypatch) -> None:
         return x.sum(-1) * labels
 
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=recorded))
-    torch._dynamo.reset()
-    call = table.compiled(double)
-    for rows, width in [(4, 8), (5, 8), (6, 8), (6, 16), (7, 16), (9, 24), (9, 8)]:
-        assert torch.equal(call(torch.ones(rows, width), torch.ones(rows)), torch.full((rows,), float(width)))
+    with torch._dynamo.config.patch(disable=False):
+        torch._dynamo.reset()
+        call = table.compiled(double)
+        for rows, width in [(4, 8), (5, 8), (6, 8), (6, 16), (7, 16), (9, 24), (9, 8)]:
+            assert torch.equal(call(torch.ones(rows, width), torch.ones(rows)), torch.full((rows,), float(width)))
     assert [width for _, width in graphs] == ["8", "8", "16", "24"]
     assert not graphs[1][0].isdigit()

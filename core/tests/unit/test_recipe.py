@@ -65,6 +65,13 @@ def test_config_overrides_reach_the_preset() -> None:
     assert "did you mean 'layers'" in refused("base", "config.layer=2")
 
 
+def test_what_is_compiled_is_whole_and_keeps_nothing() -> None:
+    assert "parallel.tp=2: blocks are compiled whole" in refused("base", "compile=true", "parallel.tp=2")
+    assert "lora.dropout=0.5: what is drawn" in refused("base", "compile=true", "lora.rank=2", "lora.dropout=0.5")
+    kept = ("compile=true", "recompute=all", "recompute_keep=attention")
+    assert "recompute_keep=attention: a compiled block" in refused("base", *kept)
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     assert "did you mean 'base'" in refused("bass")
     assert "no such file" in refused("missing.yaml")
@@ -88,6 +95,7 @@ def test_unknown_key_names_path_and_nearest() -> None:
         ("parallel.sequence=true", ("sequence=true needs tp of 2 or more",)),
         ("parallel.overlap_chunks=2", ("overlap_chunks=2 needs tp of 2 or more", "parallel.overlap_chunks=1")),
         ("parallel.overlap_chunks=3", ("parallel.overlap_chunks=3", "1, 2, 4 or 8")),
+        ("compile=1.5", ("compile=1.5",)),
         ("optimization_level=true", ("optimization_level=True", "must be a number")),
         ("parallel.overlap_chunks=16", ("parallel.overlap_chunks=16", "did you mean '8'")),
         ("optim=3", ("optim", "3")),

@@ -1,8 +1,12 @@
 """Recomputation runs the first blocks again, as they ran."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.testing import toy
 
 
@@ -28,3 +32,9 @@ def test_the_first_blocks_run_again_with_the_same_random_numbers(count):
     ran, got = gradients(count)
     assert plain == [0, 1, 2, 3] and ran == plain + list(reversed(range(count)))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "said"), [("cpu", "this network's blocks cannot"), ("npu", "for CUDA and CPU alone")])
+def test_what_cannot_be_compiled_is_refused(kind, said):
+    with pytest.raises(UserError, match=f"compile=true: .*{said}"):
+        apply._compile(toy.Toy(toy.ToyConfig()), SimpleNamespace(type=kind))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import lora
+from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent, trace
 from mindspeed_model_core.testing.recomputation import Counted
@@ -32,6 +33,12 @@ CONTEXT = {
     "tp2-cp2": (4, {"tp": 2, "cp": 2}),
     "cp2-dp2-zero3": (4, {"cp": 2, "shard": "zero3"}),
     "tp2-cp2-pp2": (8, {"tp": 2, "cp": 2, "pp": 2}),
+}
+COMPILED = {
+    "one-recomputed": (1, {}, "all"),
+    "dp2-zero3": (2, {"shard": "zero3"}, "none"),
+    "pp2": (2, {"pp": 2}, "none"),
+    "cp2": (2, {"cp": 2}, "none"),
 }
 
 
@@ -116,6 +123,23 @@ class TestTextToVideo(Wan21Suite):
         """Tokens that the ranks cannot share evenly, alone and with the other axes."""
         job = self.job(batches=lambda step: [self.batch(self.config(), 8 * step + i, ODD) for i in range(8)])
         assert_equivalent(job, *CONTEXT[spread], FP64)
+
+    @pytest.mark.dist
+    @pytest.mark.parametrize("spread", COMPILED)
+    def test_compiled_blocks_equal_plain_ones(self, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The graphs, run as they are: what makes kernels of them is PyTorch's."""
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+        monkeypatch.setattr(apply, "BACKEND", "aot_eager")
+        world, fields, recompute = COMPILED[spread]
+        job = self.job(
+            # Tokens change from step to step.
+            batches=lambda step: [self.batch(self.config(), 8 * step + i, (ODD, EVEN)[step]) for i in range(8)],
+            steps=2,
+            recompute=recompute,
+            compile=True,
+        )
+        with torch._dynamo.config.patch(disable=False):
+            assert_equivalent(job, world, fields, FP64)
 
     @pytest.mark.dist
     @pytest.mark.parametrize("shard", ["none", "zero2"])

@@ -89,8 +89,11 @@ def accumulate_gradient(weight: Tensor, total: Tensor | None) -> Sum:
 
 
 def accumulator(weight: Tensor) -> Sum | None:
-    """Return what a layer is to add the gradient of a weight to, from level 1; None: hand it to autograd."""
-    wanted = level() >= 1 and weight.requires_grad and torch.is_grad_enabled()
+    """Return what a layer is to add the gradient of a weight to, from level 1; None: hand it to autograd.
+
+    In a compiled block there is none: what is added up in would be a part of the graph.
+    """
+    wanted = level() >= 1 and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return getattr(weight, _TOTAL, None) if wanted else None
 
 

@@ -87,6 +87,11 @@ def _npu_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.view(x.shape).to(x.dtype)
 
 
+def _eager_with(cos: Tensor, sin: Tensor) -> bool:
+    """Whether tables are constant, and nothing compiles: a compiler does better by the formula."""
+    return not (cos.requires_grad or sin.requires_grad or torch.compiler.is_compiling())
+
+
 class _Turn(torch.autograd.Function):
     """Rotates each half into memory that is there already; backward turns the other way."""
 
@@ -109,9 +114,7 @@ class _Turn(torch.autograd.Function):
         return out, None, None
 
 
-@rope.on(
-    "cpu", "addcmul_", when="constant tables", takes=lambda x, cos, sin: not (cos.requires_grad or sin.requires_grad)
-)
+@rope.on("cpu", "addcmul_", when="constant tables", takes=lambda x, cos, sin: _eager_with(cos, sin))
 def _in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Turn.apply(x, cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None])
 
@@ -124,7 +127,7 @@ def _in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x.dtype == cos.dtype == sin.dtype
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
-        and not (cos.requires_grad or sin.requires_grad)
+        and _eager_with(cos, sin)
     ),
 )
 def _as_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -135,25 +135,32 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Return a function that is compiled when it is first called, for each type and width that its tensors have.
 
     The last size of a tensor of several is its width: a reduction over a size that is left open is slow. Other sizes
-    are open once they change. PyTorch's limit of 8 graphs, beyond which it would not compile, is raised.
+    are open once they change.
     """
 
     @functools.cache
     def made() -> Callable[P, R]:
-        import torch._dynamo
-
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        raise_graph_limit()
         return torch.compile(function, dynamic=None)
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # a part of something larger
+            return function(*args, **kwargs)
         call = made()
         for operand in (*args, *kwargs.values()):
-            if isinstance(operand, Tensor) and operand.dim() > 1 and not torch.compiler.is_compiling():
+            if isinstance(operand, Tensor) and operand.dim() > 1:
                 torch._dynamo.mark_static(operand, operand.dim() - 1)
         return call(*args, **kwargs)
 
     return called
+
+
+def raise_graph_limit() -> None:
+    """Let a function have 64 graphs instead of PyTorch's 8, beyond which it would not be compiled any more."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def _kind(operand: Any) -> str:

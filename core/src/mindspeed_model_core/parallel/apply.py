@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import lora
 from ..errors import UserError
+from ..ops.table import raise_graph_limit
 from ..recipe import ParallelConfig, Precision
 from ..trunk import Trunk
 from .context import ContextParallel, ContextShared
@@ -21,6 +22,8 @@ from .placement import placements
 from .shard import Gradients, Shard, collect
 from .tensor import TensorParallel
 
+BACKEND = "inductor"
+"""What compiles blocks."""
 COMPUTE = {"bf16": torch.bfloat16, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 MASTER = {"bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -126,11 +129,12 @@ def parallelize(
     precision: Precision = "fp32",
     recompute: str | int = "none",
     recompute_keep: str = "nothing",
+    compile: bool = False,
 ) -> Parallel:
     """Cut a whole network on meta for this process and give it memory; values are still to be written.
 
-    The order is: narrow (tensor parallel), share the context, keep the own stage (pipeline), recompute, shard (ZeRO),
-    materialise.
+    The order is: narrow (tensor parallel), share the context, keep the own stage (pipeline), recompute, compile, shard
+    (ZeRO), materialise.
     """
     check(net, parallel, mesh.world)
     shapes = {name: p.shape for name, p in net.named_parameters()}
@@ -139,6 +143,8 @@ def parallelize(
     _keep_stage(net, mesh)
     net.recompute_keep = recompute_keep
     net.recompute = recomputed(recompute, len(net.blocks))
+    if compile:
+        _compile(net, mesh.device)
     sharded = parallel.shard != "none" and bool(mesh.groups)
     compute, master = COMPUTE[precision], MASTER[precision]
     for parameter in net.parameters():
@@ -148,6 +154,17 @@ def parallelize(
         _shard(net, mesh, parallel, compute, master)
     net.to_empty(device=mesh.device)
     return Parallel(net, mesh, parallel, collect(net, mesh, shapes, master_dtype=master), compute)
+
+
+def _compile(net: Trunk, device: torch.device) -> None:
+    """Compile each block: alike ones share their graphs."""
+    if device.type == "npu":
+        raise UserError("compile=true: blocks are compiled for CUDA and CPU alone; set compile=false")
+    if not net.compiles:
+        raise UserError("compile=true: this network's blocks cannot be compiled; set compile=false")
+    raise_graph_limit()
+    for block in net.blocks.children():
+        block.compile(dynamic=None, backend=BACKEND)
 
 
 def _narrow(net: Trunk, mesh: Mesh, parallel: ParallelConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Job:
     precision: Precision = "fp64"
     recompute: str | int = "none"
     recompute_keep: str = "nothing"
+    compile: bool = False
 
 
 def _random(name: str, weight: Tensor, generator: torch.Generator) -> None:
@@ -84,6 +85,7 @@ def trace(job: Job, layout: dict[str, Any]) -> Trace:
         precision=job.precision,
         recompute=job.recompute,
         recompute_keep=job.recompute_keep,
+        compile=job.compile,
     )
     net.initialise = _random  # type: ignore[method-assign]
     apply.initialise(parallel, seed=7)
@@ -106,6 +108,8 @@ def trace(job: Job, layout: dict[str, Any]) -> Trace:
         out.norms.append(float(optimizer.step(1e-2)))
         parallel.gradients.clear()
         out.losses.append(float(loss / count))
+    if job.compile:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     out.parameters = _pieces(parallel.shards, lambda s: s.master)
     return out
 
@@ -157,11 +161,11 @@ def _assert_finite(got: Trace, who: str) -> None:
 def assert_equivalent(
     job: Job, world: int, layout: dict[str, Any], tolerance: float, *, parameters: bool = True
 ) -> None:
-    """Fail unless ``world`` processes under ``layout`` train as one process does: losses, gradients, parameters.
+    """Fail unless ``world`` processes under ``layout`` train as one does, not compiled: losses, gradients, parameters.
 
     Without ``parameters`` they are left out: where gradients are rough, Adam turns a small one into a full step.
     """
-    alone = trace(job, {})
+    alone = trace(replace(job, compile=False), {})
     _assert_finite(alone, "one process")
     spread = run_dist(trace, world, job, layout)
     for rank, got in enumerate(spread):

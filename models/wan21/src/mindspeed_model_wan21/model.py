@@ -79,6 +79,7 @@ class Wan21(Trunk):
     """
 
     last = ("head",)
+    compiles = True
 
     def __init__(self, config: Wan21Config) -> None:
         super().__init__()
