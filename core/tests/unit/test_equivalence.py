@@ -8,6 +8,8 @@ from mindspeed_model_core.testing.equivalence import Trace, whole
 WANT = {"w": [((0,), torch.tensor([1.0, 2.0]))]}
 NAN = float("nan")
 
+JOB = equivalence.Job(None, None, None)
+
 
 def held(at, *values):
     return {"w": [((at,), torch.tensor(values))]}
@@ -48,7 +50,7 @@ def test_nan_never_passes(monkeypatch, broken, said, alone):
     monkeypatch.setattr(equivalence, "trace", lambda job, layout: one)
     monkeypatch.setattr(equivalence, "run_dist", lambda function, world, job, layout: ranks)
     with pytest.raises(AssertionError, match=f"{'one process' if alone else 'rank 1'}: {said}"):
-        equivalence.assert_equivalent(None, 2, {}, 1e-9)
+        equivalence.assert_equivalent(JOB, 2, {}, 1e-9)
     monkeypatch.setattr(equivalence, "trace", lambda job, layout: sound())
     monkeypatch.setattr(equivalence, "run_dist", lambda function, world, job, layout: [sound(), sound()])
-    equivalence.assert_equivalent(None, 2, {}, 1e-9)
+    equivalence.assert_equivalent(JOB, 2, {}, 1e-9)
