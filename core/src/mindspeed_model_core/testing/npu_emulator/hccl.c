@@ -22,7 +22,7 @@ enum { OK = 0, INTERNAL = 4, TIMEOUT = 9 };
 enum { NAME = 128, ROOT_INFO = 4108, SLOT = 1 << 20, LETTER = 1 << 16, MOST_RANKS = 1024 };
 
 typedef struct {
-  volatile uint32_t arrived, generation, broken;
+  volatile uint32_t arrived, generation, broken, telling;
   char why[512];
 } Hall;
 
@@ -74,14 +74,17 @@ static void rest(int *turns) {
 static int broken(Comm *c) { return emulator_fail(INTERNAL, "%s", c->hall->why); }
 
 static int fail(Comm *c, int status, const char *what) {
-  if (!c->hall->broken) {
-    snprintf(c->hall->why, sizeof c->hall->why, "emulated HCCL: rank %d of %d, call %llu of the group: %s", c->rank,
-             c->ranks, (unsigned long long)c->number, what);
+  char why[sizeof c->hall->why];
+  if (c->hall->broken) return emulator_fail(status, "%s", c->hall->why);
+  snprintf(why, sizeof why, "emulated HCCL: rank %d of %d, call %llu of the group: %s", c->rank, c->ranks,
+           (unsigned long long)c->number, what);
+  /* Ranks may find the mistake at once: one of them tells the others, each has words of its own. */
+  if (__sync_bool_compare_and_swap(&c->hall->telling, 0, 1)) {
+    memcpy(c->hall->why, why, sizeof why);
     __sync_synchronize();
     c->hall->broken = 1;
   }
-  emulator_fail(status, "%s", c->hall->why);
-  return status;
+  return emulator_fail(status, "%s", why);
 }
 
 #define TRY(call) do { int status_ = (call); if (status_) return status_; } while (0)
