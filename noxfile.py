@@ -43,9 +43,9 @@ nox.options.sessions = ["lint", "types", "tests"]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every forked test process would compile torch again
 os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
 
-# Small tensors on few cores: threads only get in each other's way, and tests of compilation ask for it themselves.
 TWO = ("-n", "2", "--dist", "worksteal")
 """Options by which pytest uses two processes: most tests keep one core busy. --pdb wants -n 0 after it."""
+# Small tensors on few cores: threads only get in each other's way, and tests of compilation ask for it themselves.
 TEST_ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 

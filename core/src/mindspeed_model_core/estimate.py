@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -345,7 +344,7 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
     batch = _on_meta(task.encode(next(iter(task.synthetic(0, 1)))[0]))
     net.to(COMPUTE[recipe.precision])
     weights = net.parameters()
-    with ops.at_level(recipe.optimization_level), Fused() if _fuses(recipe) else nullcontext() as fused:
+    with ops.at_level(recipe.optimization_level), Fused() as fused:
         context = net.context(batch)
         given = {t.untyped_storage()._cdata: t for t in [*weights, *_tensors(batch)]}
         shared = {t.untyped_storage()._cdata: t for t in _tensors(context)}
@@ -356,7 +355,7 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         state = _entering(state)
         with Saved(known) as block:
             state = net.step(0, next(net.blocks.children()), state, context)
-        attention = 0 if fused is None else fused.attention
+        attention = fused.attention
         state = _entering(state)
         with Saved(known) as last:
             net.finish(state, context)
@@ -369,11 +368,6 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         first=first.bytes,
         last=last.bytes + 4 * logits,
     )
-
-
-def _fuses(recipe: Recipe) -> bool:
-    with ops.at_level(recipe.optimization_level):
-        return ops.level() > 0
 
 
 def _entering(state: State) -> State:

@@ -283,8 +283,8 @@ class Recipe(Section):
             )
         if self.compile and self.parallel.tp > 1:
             raise ValueError(
-                f"parallel.tp={self.parallel.tp}: blocks are compiled whole on one device; set parallel.tp=1, or "
-                "compile=false"
+                f"parallel.tp={self.parallel.tp}: what ranks exchange within a block is not compiled; set "
+                "parallel.tp=1, or compile=false"
             )
         if self.compile and self.lora is not None and self.lora.dropout > 0:
             raise ValueError(

@@ -66,7 +66,7 @@ def test_config_overrides_reach_the_preset() -> None:
 
 
 def test_what_is_compiled_is_whole_and_keeps_nothing() -> None:
-    assert "parallel.tp=2: blocks are compiled whole" in refused("base", "compile=true", "parallel.tp=2")
+    assert "parallel.tp=2: what ranks exchange within a block" in refused("base", "compile=true", "parallel.tp=2")
     assert "lora.dropout=0.5: what is drawn" in refused("base", "compile=true", "lora.rank=2", "lora.dropout=0.5")
     kept = ("compile=true", "recompute=all", "recompute_keep=attention")
     assert "recompute_keep=attention: a compiled block" in refused("base", *kept)
