@@ -643,7 +643,14 @@ def _apart(drawn: Sequence[tuple[int, int]]) -> str:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """Send a batch's tensors to the device behind what is queued there; for pages that move, the host would wait."""
+
+    def sent(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type != "cpu" or device.type == "cpu":
+            return value
+        return value.pin_memory().to(device, non_blocking=True)
+
+    return {key: sent(value) for key, value in batch.items()}
 
 
 def _merge(into: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
