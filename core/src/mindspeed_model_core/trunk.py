@@ -47,9 +47,10 @@ class Trunk(nn.Module, ABC):
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
     ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed
     from the batch alone is in the Context, made anew on every pipeline stage. ``compiles`` says that blocks may be
-    compiled, ``compiled`` that they are. ``recompute`` is how many of the blocks held here run again in backward, but for their attention if that is what
-    ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of
-    ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in training.
+    compiled, ``compiled`` that they are. ``recompute`` is how many of the blocks held here run again in backward, but
+    for their attention if that is what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between
+    tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is set where layers draw random
+    numbers in training.
     """
 
     first: tuple[str, ...] = ()
