@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import FLOATS, op
+from .table import FLOATS, compiled, op
 
 Tables = tuple[Tensor, Tensor]
 
@@ -139,3 +139,21 @@ def _as_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 rope.compiled_on("cuda")
 rope_interleaved.compiled_on("cuda")
+
+
+@op
+def rope_projected(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v of a joint projection, q and k turned as by ``rope``.
+
+    ``x [tokens, heads + 2 * kv_heads, dim]`` holds their heads in this order; the tables are ``[tokens, dim]``.
+    """
+    turned, v = x.split((x.shape[1] - kv_heads, kv_heads), 1)
+    q, k = rope(turned, cos, sin).split((turned.shape[1] - kv_heads, kv_heads), 1)
+    return q, k, v
+
+
+@rope_projected.on("cuda", "torch.compile")
+@compiled
+def _projected(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    # Compiled as one, the three gradients are written where that of the projection needs them.
+    return rope_projected.reference(x, cos, sin, kv_heads)

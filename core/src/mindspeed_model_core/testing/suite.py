@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import metrics, train, weights
+from .. import device as devices
+from .. import metrics, perf, train, weights
 from .. import recipe as recipes
 from ..errors import UserError
 from ..model import Model
@@ -426,6 +427,18 @@ class ModelSuite(ABC):
         assert len(losses) == 4 and all(0 < loss < 100 for loss in losses)
 
     # ---------------------------------------------------------------- device
+
+    @pytest.mark.device
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, which tells of waits; it is not here")
+    def test_a_step_never_waits_for_the_device(self, tmp_path: Path) -> None:
+        session = train.Session(perf.from_random(self.recipe(tmp_path)), self.model, Mesh(devices.pick()))
+        session.start()
+        session.step()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            session.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     @pytest.mark.device
     @needs_accelerator
