@@ -58,7 +58,7 @@ def rows() -> Iterator[Row]:
     yield Row("swiglu", "4096x22016", lambda r: (r(LLAMA, 22016),))
     yield Row("rope", "4096x64x128", lambda r: (r(LLAMA, 64, 128), *tables(r, LLAMA)))
     yield Row(
-        "rope_projected",
+        "rope_projected_",
         "4096x96x128, 32 for k and v",
         lambda r: (r(LLAMA, 96, 128), *tables(r, LLAMA), 32),
         moved=LLAMA * 128 * 2 * 2 * (64 + 96),  # v is copied backward alone

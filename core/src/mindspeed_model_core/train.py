@@ -643,14 +643,7 @@ def _apart(drawn: Sequence[tuple[int, int]]) -> str:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    """Send a batch's tensors to the device behind what is queued there; for pages that move, the host would wait."""
-
-    def sent(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.device.type != "cpu" or device.type == "cpu":
-            return value
-        return value.pin_memory().to(device, non_blocking=True)
-
-    return {key: sent(value) for key, value in batch.items()}
+    return {key: devices.send(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _merge(into: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

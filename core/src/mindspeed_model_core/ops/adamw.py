@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .table import FLOATS, op
+from .table import FLOATS, eager_triton, op
 
 Tensors = list[Tensor]
 
@@ -78,6 +78,37 @@ def _divides(grads: Tensors) -> bool:
     return grads[0].device.type == "cuda" and grads[0].dtype != torch.float64
 
 
+SMALL = 2**16
+"""Elements below which a kernel of its own for a tensor takes longer than PyTorch's for many at once."""
+
+
+@torch.no_grad()
+def _triton_adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> None:
+    from . import kernels
+
+    (low, high), step = update.betas, update.step.double()
+    no = torch.zeros((), device=step.device)
+    given = [no + 1 if update.divisor is None else update.divisor, no if update.skip is None else update.skip]
+    told = torch.stack([t.float() for t in (1 - low**step, 1 - high**step, *given)])
+    small = []
+    for operands in zip(weights, grads, firsts, seconds, strict=True):
+        if operands[0].numel() < SMALL or not all(t.is_contiguous() for t in operands):
+            small.append(operands)
+            continue
+        kernels.adamw_(
+            *operands, told, lr=update.lr, betas=update.betas, eps=update.eps, weight_decay=update.weight_decay
+        )
+    if small:
+        w, g, m, v = (list(some) for some in zip(*small, strict=True))
+        _torch_adamw_(w, g, m, v, update)
+
+
+adamw_.on(
+    "cuda",
+    "triton _fused_adamw_",
+    when="fp16, bf16, fp32, all of one type",
+    takes=lambda weights, grads, firsts, seconds, update: eager_triton(*weights, *grads, *firsts, *seconds),
+)(_triton_adamw_)
 for _kind in ("cuda", "cpu"):
     adamw_.on(_kind, "_fused_adamw_", when="all of one type", takes=_fused_takes)(_torch_adamw_)
 # Not npu_apply_adam_w: it is given its numbers in the gradient's type, and in bf16 a beta of 0.999 is 1.

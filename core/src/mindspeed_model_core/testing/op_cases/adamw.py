@@ -9,7 +9,7 @@ from ... import ops
 from ..tolerance import assert_close
 from .case import draw
 
-SHAPES = ((7, 13), (5,), (0, 3), (2, 3, 4))
+SHAPES = ((7, 13), (5,), (0, 3), (2, 3, 4), (257, 300))
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.8
 STEPS = ((1e-2, False, None), (5e-3, False, 4.0), (1e-2, True, 4.0), (2e-3, False, 1.0))
 """Learning rate of each step, whether it is one that must change nothing, and what divides its gradients."""

@@ -59,7 +59,9 @@ def _projected(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tens
 
 def _projected_case(kv_heads: int, *shape: int) -> Case:
     name = f"{'x'.join(map(str, shape))}, {kv_heads} for k and v"
-    return Case(ops.rope_projected, name, (draw(*shape),), _projected, (*_tables(shape[0], shape[-1], False), kv_heads))
+    return Case(
+        ops.rope_projected_, name, (draw(*shape),), _projected, (*_tables(shape[0], shape[-1], False), kv_heads)
+    )
 
 
 CASES = (
