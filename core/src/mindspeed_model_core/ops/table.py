@@ -28,6 +28,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 TABLE: dict[str, Op[Any, Any]] = {}
 """Every op by its name."""
 _level = 2
+_reference: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,15 @@ def at_level(wanted: int) -> Iterator[None]:
         _level = before
 
 
-@functools.cache
 def _forced() -> bool:
-    value = os.environ.get(VARIABLE, "")
-    if value not in ("", "reference"):
-        raise UserError(f"{VARIABLE}={value!r}: is reference, or not set{nearest(value, ['reference'])}")
-    return value == "reference"
+    # Kept by hand: the compiler warns of functools' caches.
+    global _reference
+    if _reference is None:
+        value = os.environ.get(VARIABLE, "")
+        if value not in ("", "reference"):
+            raise UserError(f"{VARIABLE}={value!r}: is reference, or not set{nearest(value, ['reference'])}")
+        _reference = value == "reference"
+    return _reference
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
