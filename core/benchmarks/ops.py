@@ -119,6 +119,12 @@ def rows() -> Iterator[Row]:
         moved=64 * million * 4 * 7,
     )
     yield Row(
+        "adamw_",
+        "8 of 4096x11008, bf16",
+        lambda r: (*([r(LLAMA, 11008).detach().abs() for _ in range(8)] for _ in range(4)), update),
+        moved=8 * LLAMA * 11008 * 2 * 7,
+    )
+    yield Row(
         "ema_adamw_",
         "64 of 1024x1024, fp32",
         lambda r: (*([wide(r(1024, 1024)).abs() for _ in range(64)] for _ in range(5)), update, 0.999),

@@ -78,8 +78,9 @@ def _divides(grads: Tensors) -> bool:
     return grads[0].device.type == "cuda" and grads[0].dtype != torch.float64
 
 
-SMALL = 2**16
-"""Elements below which a kernel of its own for a tensor takes longer than PyTorch's for many at once."""
+SMALL = 2**23
+"""Elements below which PyTorch's kernel for many tensors at once beats one for each: 80 % of the copy rate for 64 of
+2^20 on an H200, beside 61; of 2^25 it is 66, beside 99."""
 
 
 @torch.no_grad()
