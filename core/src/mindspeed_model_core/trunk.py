@@ -45,7 +45,7 @@ class Trunk(nn.Module, ABC):
     """A network as embed, a list of alike blocks, finish: core recomputes, compiles, shards and cuts it by these names.
 
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
-    ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed
+    ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything that carries a gradient from block to block is in the State; what can be computed
     from the batch alone is in the Context, made anew on every pipeline stage. ``compiles`` says that blocks take
     nothing from a batch but tensors: numbers, as lengths of documents, would have each batch compile anew.
     ``recompute`` is how many of the blocks held here run again in backward, but for their attention if that is what
@@ -55,6 +55,7 @@ class Trunk(nn.Module, ABC):
 
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
     blocks: nn.ModuleList
     compiles: bool = False
     recompute: int = 0
@@ -98,7 +99,10 @@ class Trunk(nn.Module, ABC):
 
     def held(self, batch: Batch) -> int:
         """Return how many of a batch's tokens this process holds between tensor-parallel regions."""
-        tokens = self.tokens(batch)
+        return self.share(self.tokens(batch))
+
+    def share(self, tokens: int) -> int:
+        """Return how many of some tokens this process holds between tensor-parallel regions."""
         if self.cp is not None:
             tokens = self.cp.share(tokens)[1]
         return even_share(tokens, self.sequence_ranks)
