@@ -111,9 +111,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def collect(
-    net: Trunk, mesh: Mesh, shapes: dict[str, torch.Size], *, master_dtype: torch.dtype
-) -> dict[str, Shard]:
+def collect(net: Trunk, mesh: Mesh, shapes: dict[str, torch.Size], *, master_dtype: torch.dtype) -> dict[str, Shard]:
     """Return every parameter's Shard by name; ``shapes`` are the whole shapes before anything was cut."""
     parameters = dict(net.named_parameters())
     out = {}

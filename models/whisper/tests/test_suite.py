@@ -1,0 +1,80 @@
+"""Whisper against core's suite and transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.trunk import Batch, Trunk
+from mindspeed_model_whisper import MODEL
+from mindspeed_model_whisper.task import WhisperRecipe
+from torch import Tensor, nn
+
+from .speech import write_speech
+
+LENGTH = 12
+
+
+class TestSuite(ModelSuite):
+    model = MODEL
+    preset = "mini"
+    variants = ({}, {"decoder_layers": 1, "decoder_attention_heads": 2, "encoder_ffn_dim": 80})
+    # transformers' numbers less the sinusoids, 1500 x d_model, which it has among its parameters.
+    parameter_counts = {
+        "tiny": 37_760_640 - 1500 * 384,
+        "base": 72_593_920 - 1500 * 512,
+        "small": 241_734_912 - 1500 * 768,
+        "medium": 763_857_920 - 1500 * 1024,
+        "tiny.en": 37_760_256 - 1500 * 384,
+        "base.en": 72_593_408 - 1500 * 512,
+        "small.en": 241_734_144 - 1500 * 768,
+        "medium.en": 763_856_896 - 1500 * 1024,
+        "large-v2": 1_543_304_960 - 1500 * 1280,
+        "large-v3": 1_543_490_560 - 1500 * 1280,
+        "large-v3-turbo": 808_878_080 - 1500 * 1280,
+        "mini": 74_496,
+    }
+
+    def recipe(self, folder: Path, **changes: Any) -> WhisperRecipe:
+        fields: dict[str, Any] = {
+            "preset": self.preset,
+            "precision": "fp32",
+            "steps": 4,
+            "global_batch": 4,
+            "data": {} if folder == Path(".") else write_speech(folder / "speech"),
+            "metrics": {"trackers": ()},
+        }
+        return WhisperRecipe(**{**fields, **changes})
+
+    def batch(self, config: Any, seed: int, length: int = LENGTH) -> Batch:
+        draw = torch.Generator().manual_seed(seed)
+        samples = 2
+        labels = torch.randint(config.vocab_size, (samples, length), generator=draw)
+        labels[0, length - seed % length :] = -100
+        return {
+            "mel": torch.randn(samples, config.num_mel_bins, config.frames, generator=draw),
+            "tokens": torch.randint(config.vocab_size, (samples, length), generator=draw),
+            "labels": labels,
+        }
+
+    def reference(self, config: Any) -> nn.Module:
+        from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+        theirs = WhisperConfig(**config.model_dump(), suppress_tokens=None, begin_suppress_tokens=None)
+        net = WhisperForConditionalGeneration._from_config(theirs, attn_implementation="eager")
+        # What is not trained is not a parameter, so that nothing makes it random.
+        positions = net.model.encoder.embed_positions
+        fixed = positions.weight.detach()
+        del positions.weight
+        positions.register_buffer("weight", fixed)
+        return net
+
+    def reference_run(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        out = network(input_features=batch["mel"], decoder_input_ids=batch["tokens"], labels=None).logits
+        loss = nn.functional.cross_entropy(out.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        return out, loss
+
+    def outputs(self, net: Trunk, batch: Batch) -> Tensor:
+        return net({key: value for key, value in batch.items() if key != "labels"})  # type: ignore[return-value]
