@@ -45,12 +45,13 @@ class Trunk(nn.Module, ABC):
     """A network as embed, a list of alike blocks, finish: core recomputes, compiles, shards and cuts it by these names.
 
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
-    ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything that carries a gradient from block to block is in the State; what can be computed
-    from the batch alone is in the Context, made anew on every pipeline stage. ``compiles`` says that blocks take
-    nothing from a batch but tensors: numbers, as lengths of documents, would have each batch compile anew.
-    ``recompute`` is how many of the blocks held here run again in backward, but for their attention if that is what
-    ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of
-    ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in training.
+    ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything
+    that carries a gradient from block to block is in the State; what can be computed from the batch alone is in the
+    Context, made anew on every pipeline stage. ``compiles`` says that blocks take nothing from a batch but tensors:
+    numbers, as lengths of documents, would have each batch compile anew. ``recompute`` is how many of the blocks held
+    here run again in backward, but for their attention if that is what ``recompute_keep`` says. ``sequence_ranks``
+    ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is
+    set where layers draw random numbers in training.
     """
 
     first: tuple[str, ...] = ()

@@ -31,9 +31,10 @@ class Shard:
     """One parameter's share.
 
     ``shape`` is the whole parameter's; tensor parallelism cuts it by ``placement``; FSDP2 over the replicas then
-    takes ``rows`` of dim 0 of that. If it is ``tied``, the first and the last pipeline stage hold it alike. ``master`` is what the optimizer updates: the local tensor itself, or its fp32
-    copy where a trainable parameter computes in bf16. Of the processes that hold the same, one has it ``counted`` in
-    sums over all, and one ``writes`` it into checkpoints: another one from parameter to parameter.
+    takes ``rows`` of dim 0 of that. If it is ``tied``, the first and the last pipeline stage hold it alike. ``master``
+    is what the optimizer updates: the local tensor itself, or its fp32 copy where a trainable parameter computes in
+    bf16. Of the processes that hold the same, one has it ``counted`` in sums over all, and one ``writes`` it into
+    checkpoints: another one from parameter to parameter.
     """
 
     name: str

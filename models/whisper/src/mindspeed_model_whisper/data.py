@@ -132,7 +132,7 @@ class Prompts:
         return encode(self.tokenizer, text)
 
     def time(self, second: float) -> int:
-        """Return the timestamp nearest to a second; UserError beyond the 30 seconds of a sound, or of another length."""
+        """Return the timestamp nearest to a second; UserError beyond the length of a sound."""
         tick = round(second / TICK)
         if not 0 <= tick <= round(self.config.frames * HOP / RATE / TICK):
             raise UserError(f"time {second:g}: is outside the {self.config.frames * HOP / RATE:g} seconds of a sound")
@@ -145,7 +145,7 @@ class Prompts:
 
 
 def open_tokenizer(data: WhisperData, init_from: str | None, config: WhisperConfig) -> Any:
-    """Return a recipe's tokenizer: ``data.tokenizer``, or the one that came with ``init_from``; UserError for neither."""
+    """Return a recipe's tokenizer: ``data.tokenizer``, or that of ``init_from``; UserError for neither."""
     source: str | Path | None = data.tokenizer
     if source is None:
         if init_from is None:

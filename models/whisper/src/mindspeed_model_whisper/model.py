@@ -5,6 +5,7 @@ Activations are flat, ``[batch x positions, width]``, one sample after the other
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -166,9 +167,9 @@ class TextPositions(nn.Module):
 class Whisper(Trunk):
     """Audio and text embedding; encoder blocks, then decoder blocks; norm and the tied vocabulary head.
 
-    The batch holds ``mel [batch, mels, frames]``, ``tokens`` (int64 ``[batch, length]``, what the decoder reads) and, to
-    get their loss instead of logits, ``labels``, int64 of the same shape. Text crosses the encoder's blocks untouched,
-    and audio the decoder's, so blocks may lie on any pipeline stages.
+    The batch holds ``mel [batch, mels, frames]``, ``tokens`` (int64 ``[batch, length]``, what the decoder reads) and,
+    to get their loss instead of logits, ``labels``, int64 of the same shape. Text crosses the encoder's blocks
+    untouched, and audio the decoder's, so blocks may lie on any pipeline stages.
     """
 
     first = ("audio", "positions")
@@ -199,8 +200,7 @@ class Whisper(Trunk):
     def embed(self, batch: Batch, context: Context) -> State:
         """Return audio ``x`` and text ``y``."""
         mel, tokens = batch["mel"], batch["tokens"]
-        positions = sinusoids(mel.shape[2] // 2, self.config.d_model, mel.device)
-        x = self.audio(mel.to(self.audio.conv1.weight.dtype), positions)
+        x = self.audio(mel.to(self.audio.conv1.weight.dtype), _positions(mel.shape[2] // 2, mel.device, self.config))
         return {"x": x, "y": self.embed_tokens(tokens.flatten()) + self.positions(*tokens.shape)}
 
     def step(self, index: int, block: nn.Module, state: State, context: Context) -> State:
@@ -235,12 +235,18 @@ class Whisper(Trunk):
             weight.normal_(0, self.config.init_std, generator=generator)
 
 
-def sinusoids(length: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+@functools.lru_cache(4)
+def _positions(length: int, device: torch.device, config: WhisperConfig) -> Tensor:
+    with torch.inference_mode(False):  # they are kept, for training too
+        return sinusoids(length, config.d_model).to(device)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
     """Return the audio's positions ``[length, width]`` in fp32: sines, then cosines, wavelengths of 2 pi to 1e4 x 2 pi.
 
-    The release keeps them in its files and does not train them.
+    The release keeps them in its files and does not train them. On the CPU, whose rounding the files have.
     """
     half = width // 2
-    rates = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=device))
-    angles = torch.arange(length, device=device)[:, None] * rates
+    rates = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device="cpu"))
+    angles = torch.arange(length, device="cpu")[:, None] * rates
     return torch.cat((angles.sin(), angles.cos()), 1)

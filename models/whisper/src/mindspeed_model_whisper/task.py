@@ -19,7 +19,7 @@ class WhisperRecipe(Recipe):
 
 
 class Transcription:
-    """Cross entropy of each token given the sound and the tokens before it, the language's and the task's among them."""
+    """Cross entropy of each token given the sound and the tokens before it, language and task among them."""
 
     unit: Unit = "samples"
 
