@@ -3,6 +3,7 @@
 from mindspeed_model_core.model import Model
 
 from .config import PRESETS, WhisperConfig
+from .generate import evaluate_command, transcribe_command
 from .model import Whisper
 from .task import Transcription, WhisperRecipe
 from .weights import LAYOUTS
@@ -15,6 +16,7 @@ MODEL = Model(
     task=Transcription,
     recipe=WhisperRecipe,
     layouts=LAYOUTS,
+    commands=(transcribe_command, evaluate_command),
 )
 
 

@@ -46,6 +46,11 @@ class WhisperConfig(Section):
         """Return the frames of a log-mel spectrogram, 10 ms each."""
         return 2 * self.max_source_positions
 
+    @property
+    def multilingual(self) -> bool:
+        """Return whether it knows other languages than English; the release, too, tells it by the vocabulary's size."""
+        return self.vocab_size != _ENGLISH["vocab_size"]
+
 
 def _size(width: int, layers: int, heads: int, decoder_layers: int | None = None, **rest: int) -> WhisperConfig:
     return WhisperConfig(
@@ -73,7 +78,7 @@ _V3 = {"num_mel_bins": 128, "vocab_size": 51866}
 _MINI = {
     "num_mel_bins": 8,
     "vocab_size": 320,
-    "max_source_positions": 20,
+    "max_source_positions": 50,
     "max_target_positions": 32,
     "pad_token_id": 256,
     "bos_token_id": 256,

@@ -104,18 +104,17 @@ class Prompts:
                     "tokenizer that goes with the weights"
                 )
         self.first_time = self._id("<|notimestamps|>") + 1
-        self.multilingual = "<|transcribe|>" in self.known and any(len(k) in (6, 7) for k in self.languages)
 
     @functools.cached_property
     def languages(self) -> dict[str, int]:
-        """The tokens of languages."""
-        transcribe, start = self.known.get("<|translate|>"), self.config.decoder_start_token_id
-        return {k: v for k, v in self.known.items() if transcribe is not None and start < v < transcribe}
+        """The tokens of languages, which lie between the start and the tasks."""
+        start, tasks = self.config.decoder_start_token_id, self.known.get("<|translate|>", 0)
+        return {name: number for name, number in self.known.items() if start < number < tasks}
 
     def before(self, language: str, task: str, timestamps: bool) -> list[int]:
         """Return the tokens before a text: start, language, task, and whether it has no timestamps."""
         start = [self.config.decoder_start_token_id]
-        if self.multilingual:
+        if self.config.multilingual:
             name = f"<|{language}|>"
             if name not in self.languages:
                 codes = [known[2:-2] for known in self.languages]

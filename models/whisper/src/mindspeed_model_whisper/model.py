@@ -199,9 +199,14 @@ class Whisper(Trunk):
 
     def embed(self, batch: Batch, context: Context) -> State:
         """Return audio ``x`` and text ``y``."""
-        mel, tokens = batch["mel"], batch["tokens"]
-        x = self.audio(mel.to(self.audio.conv1.weight.dtype), _positions(mel.shape[2] // 2, mel.device, self.config))
-        return {"x": x, "y": self.embed_tokens(tokens.flatten()) + self.positions(*tokens.shape)}
+        tokens = batch["tokens"]
+        y = self.embed_tokens(tokens.flatten()) + self.positions(*tokens.shape)
+        return {"x": self.hear(batch["mel"]), "y": y}
+
+    def hear(self, mel: Tensor) -> Tensor:
+        """Return what enters the encoder's first block."""
+        kind = self.audio.conv1.weight.dtype
+        return self.audio(mel.to(kind), _positions(mel.shape[2] // 2, mel.device, self.config))
 
     def step(self, index: int, block: nn.Module, state: State, context: Context) -> State:
         """Run one block, of the encoder on audio or of the decoder on text."""

@@ -10,7 +10,7 @@ LANGUAGES = ("en", "zh", "hi")
 
 
 def write_tiny_tokenizer(folder: str | Path) -> Path:
-    """Write a multilingual tokenizer of bytes for preset ``mini``, with timestamps for its sounds of 0.4 s."""
+    """Write a multilingual tokenizer of bytes for preset ``mini``, with timestamps for its sounds of 1 s."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import WhisperTokenizer
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from mindspeed_model_core.data.tokenizer import ALL_FILES as TOKENIZER_FILES
+from mindspeed_model_core.data.tokenizer import has_tokenizer, load_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.layout import PEFT, Cat, Layout, Op, Reshape, Row, Same, Source, Table
 from mindspeed_model_core.recipe import validate
@@ -27,7 +28,7 @@ from torch import Tensor
 from .config import WhisperConfig
 from .model import Whisper, sinusoids
 
-HUB_FEATURES = "preprocessor_config.json"
+HUB_FEATURES, GENERATION = "preprocessor_config.json", "generation_config.json"
 
 # Our modules with weight and bias, and their names in the hub's layout and in the release; in blocks, after a prefix.
 _ENDS = {
@@ -170,7 +171,10 @@ def write_hub_config(config: WhisperConfig, folder: Path, dtype: torch.dtype) ->
 
 
 def complete_hub(config: WhisperConfig, folder: Path) -> None:
-    """Write preprocessor_config.json, which follows from the configuration, where none came along."""
+    """Write what follows from configuration and tokenizer, where none came along: of features and of generation."""
+    path = folder / GENERATION
+    if not path.exists() and has_tokenizer(folder):
+        write_json(path, generation_settings(path, load_tokenizer(folder), config))
     path = folder / HUB_FEATURES
     if path.exists():
         return
@@ -193,6 +197,34 @@ def complete_hub(config: WhisperConfig, folder: Path) -> None:
     )
 
 
+def generation_settings(path: Path, tokenizer: Any, config: WhisperConfig) -> dict[str, Any]:
+    """Return what a folder's generation_config.json says, or if there is none what follows from the tokenizer."""
+    if path.is_file():
+        return read_json(path)
+    known = tokenizer.get_vocab()
+    start, end = config.decoder_start_token_id, config.eos_token_id
+    silent = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|nocaptions|>"]
+    settings: dict[str, Any] = {
+        "decoder_start_token_id": start,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": end,
+        "pad_token_id": config.pad_token_id,
+        "no_timestamps_token_id": known["<|notimestamps|>"],
+        "max_initial_timestamp_index": 50,
+        "max_length": config.max_target_positions,
+        "return_timestamps": False,
+        "is_multilingual": config.multilingual,
+        "suppress_tokens": sorted({start, *(known[name] for name in silent if name in known)}),
+        "begin_suppress_tokens": [*tokenizer.encode(" ", add_special_tokens=False)[:1], end],
+    }
+    if "<|startofprev|>" in known:
+        settings["prev_sot_token_id"] = known["<|startofprev|>"]
+    if config.multilingual:
+        settings["lang_to_id"] = {k: v for k, v in known.items() if start < v < known["<|translate|>"]}
+        settings["task_to_id"] = {name: known[f"<|{name}|>"] for name in ("transcribe", "translate")}
+    return settings
+
+
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 HUB = Layout(
@@ -206,7 +238,7 @@ HUB = Layout(
     files=Safetensors(),
     loose=("init_std", *_TOKENS),
     extra=lambda config, dtype: _positions(config, dtype, _HUB),
-    extras=(*TOKENIZER_FILES, "normalizer.json", "generation_config.json", HUB_FEATURES),
+    extras=(*TOKENIZER_FILES, "normalizer.json", GENERATION, HUB_FEATURES),
     complete=complete_hub,
     adapter=PEFT,
 )
