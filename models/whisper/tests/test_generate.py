@@ -93,7 +93,7 @@ def test_long_sounds_have_times_that_go_on(folder: Path) -> None:
 
 def test_the_language_is_heard(folder: Path) -> None:
     transcriber = open_transcriber(folder, None, "cpu", "fp32")
-    texts = {code: transcriber(sweep(0.8), language=code).text for code in ("en", "zh", "hi")}
+    texts = {code: transcriber(sweep(0.8), language=code).text for code in ("en", "zh", "de")}
     assert len(set(texts.values())) > 1 and transcriber(sweep(0.8)).text in texts.values()
 
 
@@ -106,9 +106,9 @@ def test_an_exported_folder_runs_in_transformers_pipeline(folder: Path, tmp_path
     recogniser = pipeline("automatic-speech-recognition", model=str(folder), device="cpu")
     transcriber = open_transcriber(folder, None, "cpu", "fp32")
     for beams in (1, 5):
-        said = recogniser(audio.numpy(), generate_kwargs={"language": "hi", "task": "transcribe", "num_beams": beams})
+        said = recogniser(audio.numpy(), generate_kwargs={"language": "de", "task": "transcribe", "num_beams": beams})
         assert said["text"].strip()
-        assert transcriber(audio, language="hi", beams=beams).text == said["text"].strip()
+        assert transcriber(audio, language="de", beams=beams).text == said["text"].strip()
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ class Random:
         """Return a sample that follows from its seed."""
         draw = torch.Generator().manual_seed(seed)
         mel = torch.randn(self.config.num_mel_bins, self.config.frames, generator=draw)
-        tokens = torch.randint(self.config.vocab_size, (self.length + 1,), generator=draw).tolist()
+        tokens = torch.randint(self.config.eos_token_id, (self.length + 1,), generator=draw).tolist()
         return {"mel": mel, "tokens": tokens}
 
     def collate(self, samples: list[Sample]) -> Batch:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .config import PRESETS
 
-LANGUAGES = ("en", "zh", "hi")
+LANGUAGES = ("en", "zh", "de")
 
 
 def write_tiny_tokenizer(folder: str | Path) -> Path:
