@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from mindspeed_model_core.testing.dist import run_dist
+from mindspeed_model_core.testing.equivalence import LAYOUTS
 from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.testing.tolerance import FP64
 from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_whisper import MODEL
 from mindspeed_model_whisper.task import WhisperRecipe
@@ -21,6 +26,12 @@ class TestSuite(ModelSuite):
     model = MODEL
     preset = "mini"
     variants = ({}, {"decoder_layers": 1, "decoder_attention_heads": 2, "encoder_ffn_dim": 80})
+    # What cuts products and all at once hold is core's to show; the table at both ends of a pipeline is ours.
+    layouts = {
+        name: value
+        for name, value in LAYOUTS.items()
+        if name not in ("tp4", "tp2-sequence-chunks", "tp2-pp2-dp2-zero1")
+    }
     # transformers' numbers less the sinusoids, 1500 x d_model, which it has among its parameters.
     parameter_counts = {
         "tiny": 37_760_640 - 1500 * 384,
@@ -79,3 +90,18 @@ class TestSuite(ModelSuite):
 
     def outputs(self, net: Trunk, batch: Batch) -> Tensor:
         return net({key: value for key, value in batch.items() if key != "labels"})  # type: ignore[return-value]
+
+    @pytest.mark.dist
+    def test_resumes_under_other_layouts(self, tmp_path: Path) -> None:  # type: ignore[override]
+        """What two stages hold alike is saved once, and read by each."""
+        fields: dict[str, Any] = {"precision": "fp64", "checkpoint": {"every": 2, "keep": 9}}
+        recipe = self.recipe(tmp_path, **fields, parallel={"pp": 2, "shard": "zero2"})
+        losses = run_dist(self._train, 4, recipe, tmp_path / "run")[0]
+        for world, layout in [(1, {}), (2, {"pp": 2}), (2, {"tp": 2, "sequence": True})]:
+            folder = tmp_path / f"{world}-{len(layout)}"
+            shutil.copytree(tmp_path / "run", folder)
+            shutil.rmtree(folder / "checkpoints" / "step-00000004")
+            other = self.recipe(tmp_path, **fields, parallel=layout)
+            got = run_dist(self._train, world, other, folder, resume=True)[0]
+            assert len(got) == 2
+            assert all(abs(a - b) <= FP64 * abs(b) for a, b in zip(got, losses[2:], strict=True)), (layout, got, losses)
