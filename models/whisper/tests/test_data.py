@@ -174,7 +174,7 @@ BAD = {
     "no samples": ("none.wav", "holds no sample of sound; it is empty or truncated, leave it out"),
     "no sound": ("text.wav", "not readable sound"),
     "missing": ("missing.wav", "no such file"),
-    "too long": ("long.wav", "is 1.2 s long, the network hears 1; cut it into parts"),
+    "too long": ("long.wav", "is 1.20 s long, the network hears 1; cut it into parts"),
 }
 
 

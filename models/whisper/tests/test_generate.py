@@ -14,8 +14,8 @@ from mindspeed_model_core.data.audio import read_audio
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_whisper import MODEL
-from mindspeed_model_whisper.data import RATE, log_mel
-from mindspeed_model_whisper.generate import distance, error_rates, evaluate_command, open_transcriber
+from mindspeed_model_whisper.data import RATE, Line, log_mel
+from mindspeed_model_whisper.generate import distance, error_rates, evaluate_command, hear, open_transcriber
 from mindspeed_model_whisper.tiny import write_tiny_tokenizer
 
 from .speech import tone, write_wav
@@ -142,7 +142,14 @@ def test_a_list_is_evaluated(folder: Path, tmp_path: Path, capsys: pytest.Captur
     write_wav(tmp_path / "a.wav", sweep(0.6).numpy())
     heard = open_transcriber(folder, None, "cpu", "fp32")(read_audio(tmp_path / "a.wav", RATE), language="en").text
     (tmp_path / "list.jsonl").write_text(json.dumps({"audio": "a.wav", "text": heard}) + "\n")
-    options: dict[str, Any] = {"tokenizer": None, "device": "cpu", "dtype": "fp32", "ema": False, "beams": 1}
+    options: dict[str, Any] = {
+        "tokenizer": None,
+        "device": "cpu",
+        "dtype": "fp32",
+        "ema": False,
+        "beams": 1,
+        "batch": 2,
+    }
     evaluate_command(
         folder,
         tmp_path / "list.jsonl",
@@ -154,3 +161,17 @@ def test_a_list_is_evaluated(folder: Path, tmp_path: Path, capsys: pytest.Captur
     )
     assert "1 sounds: WER 0.00%, CER 0.00%" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.jsonl").read_text())["heard"] == heard
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_sounds_heard_at_once_are_those_heard_alone(folder: Path, tmp_path: Path, beams: int) -> None:
+    """In two languages, and one longer than the network hears, which comes alone; each text is its own line's."""
+    transcriber, lines = open_transcriber(folder, None, "cpu", "fp32"), []
+    for number, (length, code) in enumerate([(0.5, "en"), (0.7, "de"), (0.9, "en"), (1.6, "en"), (0.4, "en")]):
+        path = write_wav(tmp_path / f"{number}.wav", sweep(length).numpy()[::-1] * (1 - number / 9))
+        lines.append(Line(path, f"list.jsonl:{number + 1}", code, ""))
+    torch.manual_seed(0)
+    found = hear(transcriber, lines, beams=beams, batch=2)
+    short = [0, 1, 2, 4]
+    alone = [transcriber(read_audio(lines[n].path, RATE), language=lines[n].language, beams=beams).text for n in short]
+    assert [found[n] for n in short] == alone and len(set(alone)) > 1 and found[3]

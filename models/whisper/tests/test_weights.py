@@ -133,6 +133,15 @@ def test_what_the_release_cannot_say_is_refused(tmp_path: Path) -> None:
         save(tmp_path / "original", ORIGINAL, wide)
 
 
+def test_special_tokens_follow_from_the_vocabulary(tmp_path: Path) -> None:
+    """The release does not say them; another size than the published ones is refused."""
+    wide = CONFIG.model_copy(update={"num_mel_bins": 12})
+    assert weights.read_config(save(tmp_path / "known", ORIGINAL, wide), MODEL) == wide
+    other = CONFIG.model_copy(update={"vocab_size": 300})
+    with pytest.raises(UserError, match="n_vocab=300: of this vocabulary's special tokens nothing is known"):
+        weights.read_config(save(tmp_path / "unknown", ORIGINAL, other), MODEL)
+
+
 def test_a_folder_of_several_releases_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "original", ORIGINAL)
     (folder / "other.pt").write_bytes((folder / "model.pt").read_bytes())

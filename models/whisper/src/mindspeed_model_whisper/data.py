@@ -231,7 +231,7 @@ class Speech:
         with naming(line.where):
             length, most = seconds(line.path), self.config.frames * HOP / RATE
             if length > most + 0.01:
-                raise UserError(f"{line.path}: is {length:.1f} s long, the network hears {most:g}; cut it into parts")
+                raise UserError(f"{line.path}: is {length:.2f} s long, the network hears {most:g}; cut it into parts")
             if not length:
                 raise UserError(f"{line.path}: holds no sample of sound; it is empty or truncated, leave it out")
             self._tokens(line, length)

@@ -24,7 +24,7 @@ from mindspeed_model_core.sampling import load_network, pick_dtype
 from rich.console import Console
 from torch import Tensor, nn
 
-from .data import HOP, RATE, Prompts, log_mel, read_lines
+from .data import HOP, RATE, Line, Prompts, log_mel, read_lines
 from .model import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, Whisper
 from .weights import GENERATION, generation_settings
 
@@ -61,37 +61,48 @@ class Transcriber:
 
         A sound longer than the network's 30 s is heard from timestamp to timestamp.
         """
-        config, prompts = self.net.config, self.prompts
-        told: dict[str, Any] = {}
-        if config.multilingual:
-            if language is not None:
-                prompts.before(language, task, timestamps)
-            told = {"language": language, "task": task}
-        else:
-            prompts.before(language or "en", task, timestamps)
-        whole = -(-len(audio) // HOP)
+        return self.several([audio], language=language, task=task, timestamps=timestamps, beams=beams)[0]
+
+    def several(
+        self, sounds: Sequence[Tensor], *, language: str | None, task: str, timestamps: bool = False, beams: int = 1
+    ) -> list[Transcript]:
+        """Return the transcripts of sounds heard at once; one that is longer than the network's 30 s comes alone."""
+        config = self.net.config
+        self.prompts.before(language or self.anything, task, timestamps)
+        told = {"language": language, "task": task} if config.multilingual else {}
+        whole = max(-(-len(audio) // HOP) for audio in sounds)
         long = whole > config.frames
-        mel = log_mel(audio, config.num_mel_bins, max(whole, config.frames))[None]
+        if long and len(sounds) > 1:
+            raise ValueError(f"{len(sounds)} sounds at once, one of {whole} frames: the network hears {config.frames}")
+        mel = torch.stack([log_mel(audio, config.num_mel_bins, max(whole, config.frames)) for audio in sounds])
+        place = next(self.net.parameters())
         thresholds = {
             "temperature": FALLBACK,
             "compression_ratio_threshold": REPEATS,
             "logprob_threshold": UNLIKELY,
             "no_speech_threshold": NO_SPEECH,
         }
-        place = next(self.net.parameters())
         with torch.inference_mode(), quiet():
             found = self.network.generate(
                 mel.to(place.device, place.dtype),
-                attention_mask=torch.ones(1, mel.shape[-1], dtype=torch.long, device=place.device),
+                attention_mask=torch.ones(len(mel), mel.shape[-1], dtype=torch.long, device=place.device),
                 return_timestamps=timestamps or long,
                 return_segments=True,
                 num_beams=beams,
                 **(thresholds if long else {}),
                 **told,
             )
+        return [self._transcript(parts, timestamps) for parts in found["segments"]]
+
+    @property
+    def anything(self) -> str:
+        """A language that the network knows."""
+        return next(iter(self.prompts.languages))[2:-2] if self.net.config.multilingual else "en"
+
+    def _transcript(self, parts: Sequence[Any], timestamps: bool) -> Transcript:
         segments = tuple(
             (round(float(part["start"]), 2), round(float(part["end"]), 2), self._decode(part["tokens"]))
-            for part in found["segments"][0]
+            for part in parts
         )
         text = "".join(said for *_, said in segments).strip()
         return Transcript(text, segments if timestamps else ())
@@ -237,6 +248,35 @@ def plain(text: str) -> str:
     return str(BasicTextNormalizer()(text)).strip()
 
 
+def hear(
+    transcriber: Transcriber, lines: Sequence[Line], *, task: str = "transcribe", beams: int = 1, batch: int = 8
+) -> list[str]:
+    """Return what is heard of each line, ``batch`` sounds of one language at once; longer ones than 30 s alone."""
+    most = transcriber.net.config.frames * HOP
+    heard: dict[int, str] = {}
+    groups: dict[str, list[tuple[int, Tensor]]] = {}
+
+    def take(group: list[tuple[int, Tensor]]) -> None:
+        numbers, sounds = zip(*group, strict=True)
+        first = lines[numbers[0]]
+        with naming(first.where):
+            found = transcriber.several(sounds, language=first.language, task=task, beams=beams)
+        heard.update((number, each.text) for number, each in zip(numbers, found, strict=True))
+
+    for number, line in enumerate(lines):
+        with naming(line.where):
+            audio = read_audio(line.path, RATE)
+        if len(audio) > most:
+            take([(number, audio)])
+            continue
+        groups.setdefault(line.language, []).append((number, audio))
+        if len(groups[line.language]) == batch:
+            take(groups.pop(line.language))
+    for group in groups.values():
+        take(group)
+    return [heard[number] for number in range(len(lines))]
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 
@@ -310,6 +350,7 @@ def evaluate_command(
     language: Annotated[str, typer.Option(metavar="CODE", help="The language of lines that name none.")] = "en",
     task: _Task = "transcribe",
     beams: _Beams = 1,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sounds heard at once.")] = 8,
     exact: Annotated[bool, typer.Option("--exact", help="Count case and punctuation, too.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write each text and what was heard, .jsonl.")
@@ -326,12 +367,11 @@ def evaluate_command(
     """
     lines = read_lines(listed, language)
     transcriber = open_transcriber(source, tokenizer, device, dtype, ema=ema)
-    rows, pairs = [], []
-    for line in lines:
-        with naming(line.where):
-            found = transcriber(read_audio(line.path, RATE), language=line.language, task=task, beams=beams)
-        rows.append({"audio": str(line.path), "text": line.text, "heard": found.text})
-        pairs.append((line.text, found.text) if exact else (plain(line.text), plain(found.text)))
+    heard = hear(transcriber, lines, task=task, beams=beams, batch=batch)
+    rows = [{"audio": str(x.path), "text": x.text, "heard": said} for x, said in zip(lines, heard, strict=True)]
+    pairs = [(row["text"], row["heard"]) for row in rows]
+    if not exact:
+        pairs = [(plain(text), plain(said)) for text, said in pairs]
     words, letters = error_rates(pairs)
     if out is not None:
         out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -25,7 +25,7 @@ from mindspeed_model_core.tensorfile import (
 )
 from torch import Tensor
 
-from .config import WhisperConfig
+from .config import PRESETS, WhisperConfig
 from .model import Whisper, sinusoids
 
 HUB_FEATURES, GENERATION = "preprocessor_config.json", "generation_config.json"
@@ -318,18 +318,21 @@ def read_original_config(folder: Path) -> WhisperConfig:
     if not isinstance(width, int):
         raise UserError(f"{path}: n_audio_state={width!r}: expected a positive whole number")
     values |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 4 * width)
-    config = validate(WhisperConfig, {**values, **_ids(values["vocab_size"])}, str(path))  # type: ignore[type-var]
+    config = validate(WhisperConfig, {**values, **_ids(path, values["vocab_size"])}, str(path))  # type: ignore[type-var]
     _check_sinusoids(Release().open(folder), _SINUSOIDS[_ORIGINAL], config)
     return config
 
 
-def _ids(vocabulary: Any) -> dict[str, int]:
-    """Return the special tokens of a multilingual vocabulary, of the English one, or ids that any has."""
-    if not isinstance(vocabulary, int) or vocabulary < 51864:
-        return dict.fromkeys(_TOKENS, 0)
-    english = vocabulary == 51864
-    end = 50256 if english else 50257
-    return {**dict.fromkeys(_TOKENS, end), "bos_token_id": 50257, "decoder_start_token_id": end + 1}
+def _ids(path: Path, vocabulary: Any) -> dict[str, int]:
+    """Return the special tokens of a published vocabulary, which its size tells."""
+    for preset in PRESETS.values():
+        if preset.vocab_size == vocabulary:
+            return {name: getattr(preset, name) for name in _TOKENS}
+    known = sorted({preset.vocab_size for preset in PRESETS.values()})
+    raise UserError(
+        f"{path}: n_vocab={vocabulary!r}: of this vocabulary's special tokens nothing is known; known sizes: "
+        f"{', '.join(map(str, known))}"
+    )
 
 
 ORIGINAL = Layout(
