@@ -137,6 +137,8 @@ class Side:
         words = [f"micro batch {self.recipe.micro_batch}", recompute]
         if self.recipe.recompute_keep != "nothing":
             words.append(f"{self.recipe.recompute_keep} kept")
+        if self.recipe.compile:
+            words.append("compiled")
         if self.recipe.lora is not None:
             words.append(f"rank {self.recipe.lora.rank}")
         extra = "" if self.peer is None else self.peer.settings
@@ -457,9 +459,12 @@ def _in_turn(
     for side in sides:
         if side.said:
             continue
-        say(f"{side.name}, {side.settings}")
+        say(f"{side.name}, {side.settings} ...")
         with _noting(side):
             _time(side, model, device, steps, warmup)
+        # At once: who ends a long comparison before its end still has what was seen.
+        step, memory = statistics.median(side.seconds or [0.0]), side.peak_bytes / 2**30
+        say(f"  {side.said or f'{_duration(step)} a step, {memory:.1f} GiB'}")
         _free(device)
 
 
@@ -490,7 +495,7 @@ def _in_pairs(
             if not side.said:
                 with _noting(side):
                     held[place] = stack.enter_context(_open(side, model, device))
-        say(f"{len(held)} sides, step by step")
+        say(f"{len(held)} sides, step by step ...")
         for number in range(warmup + steps):
             order = sorted(held)
             for place in order if number % 2 else reversed(order):
@@ -763,7 +768,7 @@ def main(model: Model, comparisons: Sequence[Comparison], file: str) -> None:
                 modes=mode or (),
                 quick=quick,
                 files=[source],
-                say=lambda text: console.print(f"[dim]{text} ...[/]", highlight=False),
+                say=lambda text: console.print(f"[dim]{text}[/]", highlight=False),
             )
             console.print(table(report), highlight=False)
             for line in notes(report):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,11 +47,10 @@ class Trunk(nn.Module, ABC):
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
     ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything
     that carries a gradient from block to block is in the State; what can be computed from the batch alone is in the
-    Context, made anew on every pipeline stage. ``compiles`` says that blocks take nothing from a batch but tensors:
-    numbers, as lengths of documents, would have each batch compile anew. ``recompute`` is how many of the blocks held
-    here run again in backward, but for their attention if that is what ``recompute_keep`` says. ``sequence_ranks``
-    ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is
-    set where layers draw random numbers in training.
+    Context, made anew on every pipeline stage. ``compiles`` says that blocks may be compiled, ``compiled`` that they
+    are. ``recompute`` is how many of the blocks held here run again in backward, but for their attention if that is
+    what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of
+    ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in training.
     """
 
     first: tuple[str, ...] = ()
@@ -59,6 +58,7 @@ class Trunk(nn.Module, ABC):
     tied: tuple[str, ...] = ()
     blocks: nn.ModuleList
     compiles: bool = False
+    compiled: bool = False
     recompute: int = 0
     recompute_keep: str = "nothing"
     sequence_ranks: int = 1
@@ -93,6 +93,13 @@ class Trunk(nn.Module, ABC):
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Fill one whole parameter, given its name, with its random initial value."""
 
+    def repeats(self, context: Context) -> bool:
+        """Whether a batch's blocks run in graphs that others of its kind use again; if not, they run uncompiled.
+
+        Numbers of a batch that blocks take, as lengths of documents, are constants of a graph.
+        """
+        return True
+
     @property
     def is_last(self) -> bool:
         """Whether this stage holds the head."""
@@ -117,6 +124,8 @@ class Trunk(nn.Module, ABC):
             drawn = (int(torch.randint(2**62, ())), self.tokens(batch))
             self.noise.seed, self.noise.tokens = drawn
             step = partial(self._step_with, drawn)
+        if self.compiled and not self.repeats(context):
+            step = partial(_uncompiled, step)
         if state is None:
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):
@@ -133,6 +142,11 @@ class Trunk(nn.Module, ABC):
         if self.noise is not None:
             self.noise.seed, self.noise.tokens = drawn
         return self.step(index, block, state, context)
+
+
+def _uncompiled(step: Callable[..., State], *args: Any) -> State:
+    with torch.compiler.set_stance("force_eager"):
+        return step(*args)
 
 
 def _policy(keep: str) -> dict[str, Any]:

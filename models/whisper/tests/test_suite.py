@@ -91,6 +91,10 @@ class TestSuite(ModelSuite):
     def outputs(self, net: Trunk, batch: Batch) -> Tensor:
         return net({key: value for key, value in batch.items() if key != "labels"})  # type: ignore[return-value]
 
+    def compiled_batches(self, step: int) -> list[Batch]:
+        """Return batches of texts of several lengths, each of which comes again."""
+        return [self.batch(self.config(), 8 * step + i, (12, 16, 24, 8)[i // 2]) for i in range(8)]
+
     @pytest.mark.dist
     def test_resumes_under_other_layouts(self, tmp_path: Path) -> None:  # type: ignore[override]
         """What two stages hold alike is saved once, and read by each."""

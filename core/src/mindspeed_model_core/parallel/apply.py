@@ -161,11 +161,9 @@ def _compile(net: Trunk, device: torch.device) -> None:
     if device.type == "npu":
         raise UserError("compile=true: blocks are compiled for CUDA and CPU alone; set compile=false")
     if not net.compiles:
-        raise UserError(
-            "compile=true: this network's blocks cannot be compiled: they take numbers of the batch, as lengths of "
-            "documents, and each batch would compile anew; set compile=false"
-        )
+        raise UserError("compile=true: this network's blocks cannot be compiled; set compile=false")
     raise_graph_limit()
+    net.compiled = True
     for block in net.blocks.children():
         block.compile(dynamic=None, backend=BACKEND)
 

@@ -44,6 +44,7 @@ class Llama2(Trunk):
 
     first = ("embed_tokens",)
     last = ("norm", "head")
+    compiles = True
 
     def __init__(self, config: Llama2Config) -> None:
         super().__init__()
@@ -72,6 +73,10 @@ class Llama2(Trunk):
         if (cache := context["cache"]) is not None:
             cache.advance(len(context["tables"][0]) // cache.batch)
         return self.head(self.norm(state["x"]), context["labels"])
+
+    def repeats(self, context: Context) -> bool:
+        """Whether all documents are of one length, and nothing is generated."""
+        return context["cache"] is None and len(set(context["lengths"])) == 1
 
     def tokens(self, batch: Batch) -> int:
         """Return the tokens of all documents."""

@@ -175,6 +175,7 @@ class Whisper(Trunk):
     first = ("audio", "positions")
     last = ("norm",)
     tied = ("embed_tokens",)
+    compiles = True
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
