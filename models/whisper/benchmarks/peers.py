@@ -34,17 +34,17 @@ def peer(mode: str, *overrides: str) -> Peer:
 
 
 ONE_DEVICE = ("global_batch=8", "precision=bf16-pure", "parallel.shard=none")
-AGAIN = "recompute=all"
+AGAIN, COMPILED = "recompute=all", "compile=true"
 
 COMPARISONS = (
     Comparison(
         "large-v3",
         "large-v3-pretrain",
         overrides=ONE_DEVICE,
-        ours=((), (AGAIN,), ("precision=bf16",)),
+        ours=((), (AGAIN,), (COMPILED,), ("precision=bf16",)),
         peers=tuple(peer(mode, *how) for mode in ("eager", COMPILE) for how in ((), (AGAIN,))),
     ),
-    Comparison("tiny", "mini", peers=(peer("eager"), peer(COMPILE)), tiny=True),
+    Comparison("tiny", "mini", ours=((), (COMPILED,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
 )
 
 if __name__ == "__main__":
