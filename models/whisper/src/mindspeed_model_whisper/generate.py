@@ -59,7 +59,8 @@ class Transcriber:
     ) -> Transcript:
         """Return the transcript of fp32 ``[samples]`` at 16 kHz; ``language`` None is heard from the sound.
 
-        A sound longer than the network's 30 s is heard from timestamp to timestamp.
+        A sound longer than the network's 30 s is heard from timestamp to timestamp. The same sound has the same
+        transcript.
         """
         return self.several([audio], language=language, task=task, timestamps=timestamps, beams=beams)[0]
 
@@ -82,7 +83,8 @@ class Transcriber:
             "logprob_threshold": UNLIKELY,
             "no_speech_threshold": NO_SPEECH,
         }
-        with torch.inference_mode(), quiet():
+        with torch.inference_mode(), quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # above temperature 0 tokens are drawn
             found = self.network.generate(
                 mel.to(place.device, place.dtype),
                 attention_mask=torch.ones(len(mel), mel.shape[-1], dtype=torch.long, device=place.device),
