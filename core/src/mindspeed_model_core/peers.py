@@ -289,16 +289,20 @@ def copy_weights(
     config = model.config(recipe)
     ours = weights.on_meta(model.build, config)
     chosen = model.layouts[0] if layout is None else weights.find_layout(model, layout)
-    bounds = chosen.table(config).bind({name: tuple(p.shape) for name, p in ours.named_parameters()})
+    table = chosen.table(config)
+    bounds = table.bind({name: tuple(p.shape) for name, p in ours.named_parameters()})
     # A parameter may have several names there, where weights are tied.
     theirs = dict(net.named_parameters(remove_duplicate=False))
     wanted = {part.name for bound in bounds.values() for part in bound.parts}
-    if odd := sorted(wanted ^ theirs.keys()):
+    if odd := sorted(name for name in wanted ^ theirs.keys() if not table.ignored(name)):
         raise ValueError(f"the peer's parameters are not those of layout {chosen.name!r}: {len(odd)}, first {odd[0]!r}")
     with torch.no_grad():
         for name, bound in bounds.items():
             for part, value in bound.split(_first(ours, name, bound.shape, recipe.seed, device)):
                 theirs[part].copy_(value)
+        for name, value in chosen.extra(config, torch.float32).items():
+            if name in theirs:  # what ours computes and theirs keeps
+                theirs[name].copy_(value)
     if recipe.lora is not None:
         _adapt(net, recipe, lora.attach(ours, recipe.lora), bounds, device)
 

@@ -45,16 +45,17 @@ class Trunk(nn.Module, ABC):
     """A network as embed, a list of alike blocks, finish: core recomputes, compiles, shards and cuts it by these names.
 
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
-    ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed
-    from the batch alone is in the Context, made anew on every pipeline stage. ``compiles`` says that blocks may be
-    compiled, ``compiled`` that they are. ``recompute`` is how many of the blocks held here run again in backward, but
-    for their attention if that is what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between
-    tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is set where layers draw random
-    numbers in training.
+    ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything
+    that carries a gradient from block to block is in the State; what can be computed from the batch alone is in the
+    Context, made anew on every pipeline stage. ``compiles`` says that blocks may be compiled, ``compiled`` that they
+    are. ``recompute`` is how many of the blocks held here run again in backward, but for their attention if that is
+    what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of
+    ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in training.
     """
 
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
     blocks: nn.ModuleList
     compiles: bool = False
     compiled: bool = False
@@ -106,7 +107,10 @@ class Trunk(nn.Module, ABC):
 
     def held(self, batch: Batch) -> int:
         """Return how many of a batch's tokens this process holds between tensor-parallel regions."""
-        tokens = self.tokens(batch)
+        return self.share(self.tokens(batch))
+
+    def share(self, tokens: int) -> int:
+        """Return how many of some tokens this process holds between tensor-parallel regions."""
         if self.cp is not None:
             tokens = self.cp.share(tokens)[1]
         return even_share(tokens, self.sequence_ranks)

@@ -2,7 +2,7 @@
 
 from .attention import Attention, KVCache
 from .diffusion import CrossAttention, FinalPatches, Modulation, Patches, SelfAttention, TimeEmbedding
-from .embedding import Embedding, VocabHead
+from .embedding import Embedding, TiedVocab, VocabHead
 from .linear import Linear
 from .mlp import FeedForward, SwiGLU
 from .norm import LayerNorm, RMSNorm
@@ -21,6 +21,7 @@ __all__ = [
     "RMSNorm",
     "SelfAttention",
     "SwiGLU",
+    "TiedVocab",
     "TimeEmbedding",
     "VocabHead",
 ]

@@ -201,8 +201,14 @@ def _keep_stage(net: Trunk, mesh: Mesh) -> None:
     mine = range(mesh.pp_rank * per, (mesh.pp_rank + 1) * per)
     for name in [n for n, _ in net.blocks.named_children() if int(n) not in mine]:
         del net.blocks._modules[name]
-    for name in (() if mesh.pp_rank == 0 else net.first) + (() if mesh.is_last_stage else net.last):
+    for name in absent(net, first=mesh.pp_rank == 0, last=mesh.is_last_stage):
         delattr(net, name)
+
+
+def absent(net: Trunk, *, first: bool, last: bool) -> tuple[str, ...]:
+    """Return the children beside the blocks that a pipeline stage does without."""
+    tied = () if first or last else net.tied
+    return (() if first else net.first) + (() if last else net.last) + tied
 
 
 def _shard(net: Trunk, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtype, master: torch.dtype) -> None:

@@ -52,12 +52,16 @@ def open_net(model: Model, config: Any, source: Path | None = None) -> Trunk:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter random values far from any special ones (norm scales too)."""
+    """Give every parameter random values far from any special ones (norm scales too).
+
+    Biases are around zero: were all near one, they would drown what tells one token from another.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise[0].numel() ** -0.5)
+            middle = 0.0 if name.endswith("bias") else 1.0
+            parameter.copy_(middle + 0.3 * noise if noise.dim() == 1 else noise * noise[0].numel() ** -0.5)
 
 
 needs_accelerator = pytest.mark.skipif(
