@@ -18,6 +18,8 @@ from .parallel.context import ContextParallel
 from .parallel.tensor import even_share
 from .recipe import NOTHING_TO_KEEP
 
+GRAPHS = 8
+"""How many kinds of batches have graphs of their own: what compiles anew each time takes longer than it saves."""
 Batch = dict[str, Any]
 State = dict[str, Tensor]
 Context = dict[str, Any]
@@ -65,6 +67,10 @@ class Trunk(nn.Module, ABC):
     cp: ContextParallel | None = None
     noise: Noise | None = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._graphs: set[tuple[int, ...]] = set()
+
     @abstractmethod
     def context(self, batch: Batch) -> Context:
         """Return what blocks and finish need beside the State and needs no gradient."""
@@ -93,11 +99,18 @@ class Trunk(nn.Module, ABC):
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Fill one whole parameter, given its name, with its random initial value."""
 
-    def repeats(self, context: Context) -> bool:
-        """Whether a batch's blocks run in graphs that others of its kind use again; if not, they run uncompiled.
+    def constants(self, context: Context) -> tuple[int, ...] | None:
+        """Return the numbers of a batch that are constants of its blocks' graphs, as lengths of documents.
 
-        Numbers of a batch that blocks take, as lengths of documents, are constants of a graph.
+        Of more than ``GRAPHS`` kinds the later ones run uncompiled, and always where it returns None.
         """
+        return ()
+
+    def _has_graphs(self, context: Context) -> bool:
+        key = self.constants(context)
+        if key is None or (key not in self._graphs and len(self._graphs) >= GRAPHS):
+            return False
+        self._graphs.add(key)
         return True
 
     @property
@@ -124,7 +137,7 @@ class Trunk(nn.Module, ABC):
             drawn = (int(torch.randint(2**62, ())), self.tokens(batch))
             self.noise.seed, self.noise.tokens = drawn
             step = partial(self._step_with, drawn)
-        if self.compiled and not self.repeats(context):
+        if self.compiled and not self._has_graphs(context):
             step = partial(_uncompiled, step)
         if state is None:
             state = self.embed(batch, context)
@@ -144,9 +157,13 @@ class Trunk(nn.Module, ABC):
         return self.step(index, block, state, context)
 
 
-def _uncompiled(step: Callable[..., State], *args: Any) -> State:
-    with torch.compiler.set_stance("force_eager"):
-        return step(*args)
+def _uncompiled(step: Callable[..., State], index: int, block: nn.Module, state: State, context: Context) -> State:
+    # Not by torch.compiler.set_stance: ops that are compiled one by one stay so.
+    held, block._compiled_call_impl = block._compiled_call_impl, None
+    try:
+        return step(index, block, state, context)
+    finally:
+        block._compiled_call_impl = held
 
 
 def _policy(keep: str) -> dict[str, Any]:

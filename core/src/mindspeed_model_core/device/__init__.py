@@ -60,7 +60,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # What is pinned keeps its strides, and one that repeats elements could not be written.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def module(device: torch.device) -> ModuleType:

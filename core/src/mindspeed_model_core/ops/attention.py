@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import device as devices
 from .table import FLOATS, op
 
 Band = tuple[int, int]
@@ -278,7 +279,7 @@ def _flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Return where documents end, after a first 0, as kernels for packed documents take it."""
-    return torch.tensor((0, *lengths)).cumsum(0).to(device=device, dtype=torch.int32, non_blocking=True)
+    return devices.send(torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
 
 # --- PyTorch's scaled_dot_product_attention. On Hopper and datacentre Blackwell PyTorch takes cuDNN first from the

@@ -181,10 +181,10 @@ class _InPlace(torch.autograd.Function):
 
 
 def _turns_in_place(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> bool:
-    half, constant = x.shape[-1] // 2, not (cos.requires_grad or sin.requires_grad)
+    dim, constant = x.shape[-1], not (cos.requires_grad or sin.requires_grad)
     tables = constant and cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
-    sizes = x.numel() > 0 and half & (half - 1) == 0 and x.stride()[1:] == (x.shape[2], 1)
-    return tables and sizes and eager_triton(x)
+    whole = cos.shape == sin.shape == (len(x), dim) and x.stride()[1:] == (dim, 1)
+    return tables and whole and x.numel() > 0 and dim > 1 and dim & (dim - 1) == 0 and eager_triton(x)
 
 
 rope_projected_.on("cuda", "triton", when="fp16, bf16, fp32; constant tables; dim a power of 2", takes=_turns_in_place)(

@@ -41,7 +41,12 @@ class _Fused(torch.autograd.Function):
         return kernels.swiglu_backward(x, grad.contiguous())
 
 
-@swiglu.on("cuda", "triton", when="fp16, bf16, fp32", takes=lambda x: eager_triton(x) and x.numel() > 0)
+@swiglu.on(
+    "cuda",
+    "triton",
+    when="fp16, bf16, fp32",
+    takes=lambda x: x.numel() > 0 and x.shape[-1] % 2 == 0 and eager_triton(x),
+)
 def _fused(x: Tensor) -> Tensor:
     return _Fused.apply(x.contiguous())
 

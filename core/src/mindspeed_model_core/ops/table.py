@@ -169,8 +169,9 @@ def has_triton() -> bool:
 
 def eager_triton(*operands: Tensor) -> bool:
     """Whether Triton kernels take these operands: of one type that they know, and not in a graph, which fuses more."""
-    alike = operands[0].dtype in FLOATS and all(x.dtype == operands[0].dtype for x in operands)
-    return alike and has_triton() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return operands[0].dtype in FLOATS and all(x.dtype == operands[0].dtype for x in operands) and has_triton()
 
 
 def raise_graph_limit() -> None:

@@ -74,9 +74,11 @@ class Llama2(Trunk):
             cache.advance(len(context["tables"][0]) // cache.batch)
         return self.head(self.norm(state["x"]), context["labels"])
 
-    def repeats(self, context: Context) -> bool:
-        """Whether all documents are of one length, and nothing is generated."""
-        return context["cache"] is None and len(set(context["lengths"])) == 1
+    def constants(self, context: Context) -> tuple[int, ...] | None:
+        """Return how many documents there are and their length, if they have one and nothing is generated."""
+        lengths = context["lengths"]
+        alike = context["cache"] is None and len(set(lengths)) == 1
+        return (len(lengths), lengths[0]) if alike else None
 
     def tokens(self, batch: Batch) -> int:
         """Return the tokens of all documents."""

@@ -221,6 +221,10 @@ class Whisper(Trunk):
         out = self.embed_tokens.head(self.norm(state["y"]), context["labels"])
         return out if context["labels"] is not None else out.unflatten(0, (len(context["text"]), -1))
 
+    def constants(self, context: Context) -> tuple[int, ...]:
+        """Return how many samples there are, and the length of their texts."""
+        return len(context["text"]), context["text"][0]
+
     def tokens(self, batch: Batch) -> int:
         """Return the positions of all audio."""
         mel = batch["mel"]
