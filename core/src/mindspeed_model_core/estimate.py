@@ -326,12 +326,12 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Activations:
-    """Bytes for one micro-batch: a block's, its attention's results and its input's alone, what all blocks share, the
-    embedding's, the head's.
+    """Bytes for one micro-batch: each block's, its attention's results and its input's alone, what all blocks share,
+    the embedding's, the head's.
     """
 
-    block: int
-    attention: int
+    blocks: tuple[int, ...]
+    attention: tuple[int, ...]
     entry: int
     shared: int
     first: int
@@ -352,17 +352,22 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         known = [*given.values(), *shared.values()]
         with Saved(known) as first:
             state = net.embed(batch, context)
-        state = _entering(state)
-        with Saved(known) as block:
-            state = net.step(0, next(net.blocks.children()), state, context)
-        attention = fused.attention
+        # Blocks of one class are alike.
+        kinds: dict[type[nn.Module], tuple[int, int]] = {}
+        for index, block in enumerate(net.blocks.children()):
+            if type(block) not in kinds:
+                state, before = _entering(state), fused.attention
+                with Saved(known) as kept:
+                    state = net.step(index, block, state, context)
+                kinds[type(block)] = kept.bytes, fused.attention - before
         state = _entering(state)
         with Saved(known) as last:
             net.finish(state, context)
     logits = max((t.numel() for t in last.tensors), default=0)
+    each = [kinds[type(block)] for block in net.blocks.children()]
     return _Activations(
-        block=block.bytes,
-        attention=attention,
+        blocks=tuple(kept for kept, _ in each),
+        attention=tuple(attention for _, attention in each),
         entry=sum(t.nbytes for t in state.values()),
         shared=sum(t.untyped_storage().nbytes() for t in shared.values()),
         first=first.bytes,
@@ -402,11 +407,12 @@ def _stage(
     rest = [p for name, p in net.named_parameters() if name.split(".")[0] not in absent]
     again = recomputed(recipe.recompute, per)
     a = activations
-    left = a.entry + (a.attention if recipe.recompute_keep == "attention" else 0)
-    kept = (per - again) * a.block + again * left + a.shared + (a.first if first else 0)
+    of_blocks, of_attention = (each[stage * per : (stage + 1) * per] for each in (a.blocks, a.attention))
+    left = again * a.entry + (sum(of_attention[:again]) if recipe.recompute_keep == "attention" else 0)
+    kept = sum(of_blocks[again:]) + left + a.shared + (a.first if first else 0)
     memory = replace(
         _states(blocks, rest, recipe, replicas, spread),
-        activations=flight * kept + (a.block if again else 0),
+        activations=flight * kept + max(of_blocks[:again], default=0),
         head=a.last if last else 0,
     )
     return memory
