@@ -29,8 +29,9 @@ class Adapter(nn.Module):
     """The low-rank update of one Linear; projections stacked in its output have factors of their own.
 
     ``a`` is ``[projections * rank, in]``, ``b`` ``[out, rank]``: rows are stacked as the weight's are, so that each
-    projection is a slice of both. ``inputs`` are the parts of an input that is shared out. What follows the weight's cut is ``b`` where the output is shared out, ``a`` where
-    the input is; the other factor is a replica. ``name`` is the Linear's, ``noise`` the network's.
+    projection is a slice of both. What follows the weight's cut is ``b`` where the output is shared out, ``a`` where
+    the input is, in the parts ``inputs``; the other factor is a replica. ``name`` is the Linear's, ``noise`` the
+    network's.
     """
 
     tp: TensorParallel | None = None

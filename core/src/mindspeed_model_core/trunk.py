@@ -47,11 +47,12 @@ class Trunk(nn.Module, ABC):
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
     ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed
     from the batch alone is in the Context, made anew on every pipeline stage. ``compiles`` says that blocks take
-    nothing from a batch but tensors: numbers, as lengths of documents, would have each batch compile anew. ``streams`` says that tokens are of several kinds (text, image) with
-    layers of their own, so that what a layer sees is not always a run of all tokens.
-    ``recompute`` is how many of the blocks held here run again in backward, but for their attention if that is what
-    ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of
-    ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in training.
+    nothing from a batch but tensors: numbers, as lengths of documents, would have each batch compile anew. ``streams``
+    says that tokens are of several kinds (text, image) with layers of their own, so that what a layer sees is not
+    always a run of all tokens. ``recompute`` is how many of the blocks held here run again in backward, but for their
+    attention if that is what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel
+    regions, those of ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in
+    training.
     """
 
     first: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from mindspeed_model_core import nn as layers
 from mindspeed_model_core import ops
 from mindspeed_model_core.ops.rope import Tables
-from mindspeed_model_core.parallel.context import gather_tokens
 from mindspeed_model_core.parallel.tensor import even_share
 from mindspeed_model_core.trunk import Batch, Context, State, Trunk
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class DoubleBlock(nn.Module):
         self.text_mlp = layers.FeedForward(width, config.hidden)
 
     def forward(self, x: Tensor, vector: Tensor, tables: Tables, texts: int) -> Tensor:
-        """Map ``x [tokens, batch, width]``, of which the first ``texts`` are text, given ``vector [1, batch, width]``."""
+        """Map ``x [tokens, batch, width]``, the first ``texts`` of them text, given ``vector [1, batch, width]``."""
         shift, scale, gate, *rest = self.modulation(vector)
         text_shift, text_scale, text_gate, *text_rest = self.text_modulation(vector)
         text, image = x[:texts], x[texts:]
@@ -138,8 +137,8 @@ class Flux(Trunk):
     """Embeddings, blocks for two streams, blocks for the joint one, projection back to latents.
 
     The batch holds ``x [batch, channels, height, width]``, ``time [batch]`` from 0 to 1000, ``text [batch, texts,
-    joint_attention_dim]``, ``pooled [batch, pooled_projection_dim]``, with ``guidance_embeds`` ``guidance [batch]``, and
-    for Kontext ``reference``, latents as ``x`` is, of any size. Returns the predicted velocity of ``x``.
+    joint_attention_dim]``, ``pooled [batch, pooled_projection_dim]``, with ``guidance_embeds`` ``guidance [batch]``,
+    and for Kontext ``reference``, latents as ``x`` is, of any size. Returns the predicted velocity of ``x``.
 
     Tokens are the text's, the image's, then the reference's. Ranks share them out in this order; where ranks of tensor
     parallelism share them further (``sequence``), each holds its part of the text and of the images.
@@ -233,7 +232,8 @@ class Flux(Trunk):
         if self.head.proj.tp is not None:
             x = self.head.proj.tp.all_tokens(x)
         if self.cp is not None:
-            x = gather_tokens(x, self.cp.group, [images for _, images in context["shares"]])
+            images = [images for _, images in context["shares"]]
+            x = self.cp.gather(x, sum(images), images)
         return unpack(x, context["size"])
 
     def tokens(self, batch: Batch) -> int:

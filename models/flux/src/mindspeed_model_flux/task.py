@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from mindspeed_model_core.flow import FlowConfig, add_noise, velocity_loss
@@ -17,11 +18,18 @@ from .data import FluxData, open_data, synthetic_data
 from .model import FREQUENCIES
 
 
+class FluxFlow(FlowConfig):
+    """The noise levels training draws from: uniform ones that all weigh the same, unless said otherwise."""
+
+    shift: float = Field(1.0, gt=0, description="1: uniform levels; more: towards noise")
+    weighting: Literal["gaussian", "none"] = Field("none", description="weight of a level in the loss")
+
+
 class FluxRecipe(Recipe):
     """A FLUX.1 training recipe."""
 
     data: FluxData = FluxData()
-    flow: FlowConfig = FlowConfig(shift=1.0, weighting="none")
+    flow: FluxFlow = FluxFlow()
     guidance: float = Field(1.0, ge=0, description="the strength of guidance that the network is told in training")
 
 
