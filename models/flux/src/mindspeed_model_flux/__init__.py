@@ -4,6 +4,7 @@ from mindspeed_model_core.model import Model
 
 from .config import PRESETS, FluxConfig
 from .model import Flux
+from .prepare import prepare_command
 from .task import FluxRecipe, RectifiedFlow
 from .weights import LAYOUTS
 
@@ -15,6 +16,7 @@ MODEL = Model(
     task=RectifiedFlow,
     recipe=FluxRecipe,
     layouts=LAYOUTS,
+    commands=(prepare_command,),
 )
 
 

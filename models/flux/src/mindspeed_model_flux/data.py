@@ -1,14 +1,14 @@
-"""FLUX.1's data: what was encoded of images and captions, in buckets of one shape."""
+"""FLUX.1's data: images with captions, or what was encoded of them, in buckets of one shape."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from mindspeed_model_core.data import SlotLoader
-from mindspeed_model_core.data.clips import PictureData, Sample, check_sides, open_reader
+from mindspeed_model_core.data.clips import Clips, PictureData, Reader, Sample, check_sides, open_reader
 from mindspeed_model_core.data.encoded import PreparedFeatures, RandomFeatures, open_prepared
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe
@@ -16,6 +16,7 @@ from mindspeed_model_core.trunk import Batch
 from pydantic import Field, PositiveInt, model_validator
 
 from .config import PATCH, FluxConfig
+from .encoders import NEEDED
 
 VAE = 8
 """Pixels along a side that come to one latent."""
@@ -25,7 +26,7 @@ class FluxData(PictureData):
     """Which images the network learns from, and the shapes they are brought to."""
 
     stride: ClassVar[int] = VAE * PATCH
-    encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    encoder_parts: ClassVar[tuple[str, ...]] = NEEDED
 
     height: int = 1024
     width: int = 1024
@@ -39,6 +40,11 @@ class FluxData(PictureData):
         check_sides({f"synthetic[{i}]": side for i, side in enumerate(self.synthetic)}, self.stride)
         return self
 
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """Return, for JSON, the fields that decide what is read of a file."""
+        return {**super().shapes, "text_tokens": self.text_tokens}
+
 
 def names(config: FluxConfig) -> tuple[str, ...]:
     """Return the features that the network takes."""
@@ -48,16 +54,21 @@ def names(config: FluxConfig) -> tuple[str, ...]:
 def open_data(recipe: Recipe, config: FluxConfig, rank: int, ranks: int) -> SlotLoader:
     """Return the loader of a recipe's data for one data rank; see ``BucketSource`` for the order.
 
-    A batch holds ``latents`` ``[B, channels, h, w]``, ``text`` ``[B, tokens, width]``, ``pooled`` ``[B, width]``, for
-    Kontext ``reference`` as ``latents`` are, and ``seeds``, one number a sample, the same under every layout. Raises
-    UserError for data that cannot be read or is not what the network takes.
+    Of images a batch holds ``video`` uint8 ``[B, 1, 3, H, W]``, ``captions`` and for Kontext ``reference`` as ``video``
+    is; of features ``latents`` ``[B, channels, h, w]``, ``text`` ``[B, tokens, width]``, ``pooled`` ``[B, width]`` and
+    for Kontext ``reference`` as ``latents`` are. Both have ``seeds``, one number a sample, the same under every layout.
+    Raises UserError for data that cannot be read or is not what the network takes.
     """
     data: FluxData = recipe.data  # type: ignore[attr-defined]
     kind, path = data.source()
-    if kind != "prepared":
-        raise UserError(f"data.path={path}: is no prepared folder")
-    check = partial(_check_shapes, config)
-    reader = PreparedFeatures(open_prepared(path), data, collate, names=names(config), check=check)
+    reader: Reader
+    if kind == "prepared":
+        check = partial(_check_shapes, config)
+        reader = PreparedFeatures(open_prepared(path), data, collate, names=names(config), check=check)
+    elif kind == "raw":
+        reader = Clips(path, data, references=config.kontext)
+    else:
+        raise UserError(f"data.path={path}: lists feature files; give a list of images, or a prepared folder")
     return open_reader(reader, recipe, rank, ranks, workers=data.workers)
 
 
@@ -96,7 +107,7 @@ def _check_shapes(config: FluxConfig, where: str, shapes: Mapping[str, tuple[int
     for name in names(config):
         dims, dim, size, what = wanted[name]
         if name not in shapes:
-            hint = "prepare pairs of images, or set config.kontext=false" if name == "reference" else "prepare it again"
+            hint = "prepare it with --pairs, or set config.kontext=false" if name == "reference" else "prepare it again"
             raise UserError(f"{where}: has no {name!r}, which the network takes; {hint}")
         if len(shapes[name]) != dims or shapes[name][dim] != size:
             raise UserError(

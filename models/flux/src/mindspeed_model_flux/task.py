@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
 import torch
 from mindspeed_model_core.flow import FlowConfig, add_noise, velocity_loss
+from mindspeed_model_core.frozen import check_parts
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Loader, Unit, Work
 from mindspeed_model_core.trunk import Batch
@@ -14,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import PATCH, FluxConfig
-from .data import FluxData, open_data, synthetic_data
+from .data import VAE, FluxData, open_data, synthetic_data
+from .encoders import NEEDED, Encoders
 from .model import FREQUENCIES
 
 
@@ -42,7 +45,10 @@ class RectifiedFlow:
         self.recipe, self.config = recipe, config
 
     def data(self, rank: int, ranks: int) -> Loader:
-        """Open what was prepared of the recipe's images, for one data rank."""
+        """Open the recipe's images, or what was prepared of them, for one data rank."""
+        if self.recipe.data.encoders is not None:
+            # Features need none, but what is exported of the run has them from there.
+            check_parts(self.recipe.data.encoders, NEEDED, "data.encoders=")
         return open_data(self.recipe, self.config, rank, ranks)
 
     def synthetic(self, rank: int, ranks: int) -> Loader:
@@ -50,7 +56,9 @@ class RectifiedFlow:
         return synthetic_data(self.recipe, self.config, rank, ranks)
 
     def encode(self, batch: Batch) -> Batch:
-        """Add noise, and say how strongly the network is guided."""
+        """Encode images and captions if they are not yet, then add noise and the strength of guidance."""
+        if "video" in batch:
+            batch = self._encoders(batch["video"].device).batch(batch, self.recipe.data.text_tokens)
         noised = add_noise(batch["latents"], batch["seeds"], self.recipe.flow)
         out = {
             "x": noised.x,
@@ -66,6 +74,10 @@ class RectifiedFlow:
             out["reference"] = batch["reference"]
         return out
 
+    @functools.cache  # noqa: B019  (a task lives as long as its run)
+    def _encoders(self, device: torch.device) -> Encoders:
+        return Encoders(self.recipe.data.encoder_folder(self.recipe.init_from), device)
+
     def count(self, batch: Batch) -> int:
         """Return the number of samples."""
         return len(batch["seeds"]) if "seeds" in batch else len(batch["x"])
@@ -73,10 +85,14 @@ class RectifiedFlow:
     def work(self, batch: Batch) -> Work:
         """Return samples, as many frames, and training FLOPs, those of the network alone."""
         samples = self.count(batch)
-        shape = (batch["x"] if "x" in batch else batch["latents"]).shape[2:]
-        images = math.prod(shape) // PATCH**2
-        reference = math.prod(batch["reference"].shape[2:]) // PATCH**2 if "reference" in batch else 0
-        flops = forward_flops(self.config, batch["text"].shape[1], images, reference)
+        if "video" in batch:
+            images = math.prod(batch["video"].shape[-2:]) // (VAE * PATCH) ** 2
+            texts, reference = self.recipe.data.text_tokens, images if "reference" in batch else 0
+        else:
+            images = math.prod((batch["x"] if "x" in batch else batch["latents"]).shape[2:]) // PATCH**2
+            reference = math.prod(batch["reference"].shape[2:]) // PATCH**2 if "reference" in batch else 0
+            texts = batch["text"].shape[1]
+        flops = forward_flops(self.config, texts, images, reference)
         return Work(samples, samples, self.recipe.passes * samples * flops)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
