@@ -333,6 +333,20 @@ def write_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float)
         draft.unlink(missing_ok=True)
 
 
+def write_image(path: str | Path, frame: Tensor) -> None:
+    """Write a uint8 frame ``[3, height, width]`` as an image of the kind its name says; it appears when complete."""
+    from PIL import Image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy())).save(draft)
+        publish(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def contact_sheet(path: str | Path, rows: Sequence[Tensor]) -> None:
     """Write rows of frames, each uint8 ``[frames, 3, height, width]``, as one PNG; sizes may differ between rows."""
     from PIL import Image

@@ -3,6 +3,7 @@
 from mindspeed_model_core.model import Model
 
 from .config import PRESETS, FluxConfig
+from .generate import generate_command
 from .model import Flux
 from .prepare import prepare_command
 from .task import FluxRecipe, RectifiedFlow
@@ -16,7 +17,7 @@ MODEL = Model(
     task=RectifiedFlow,
     recipe=FluxRecipe,
     layouts=LAYOUTS,
-    commands=(prepare_command,),
+    commands=(prepare_command, generate_command),
 )
 
 
