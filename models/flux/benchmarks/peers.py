@@ -47,18 +47,18 @@ def peer(mode: str, *overrides: str) -> Peer:
     return Peer("diffusers", build, loss, mode=mode, overrides=overrides)
 
 
+COMPILED = "compile=true"
 WHOLE, AGAIN, KEEP = "recompute=none", "recompute=all", "recompute_keep=attention"
 ONE_DEVICE = ("global_batch=16", "micro_batch=16", "precision=bf16-pure", "parallel.shard=none")
 SMALL = ("data.height=256", "data.width=256", "data.synthetic=[256,256]")
+OURS = ((AGAIN,), (AGAIN, KEEP), (WHOLE,), (AGAIN, COMPILED), (WHOLE, COMPILED))
 PEERS = tuple(peer(mode, how) for mode in ("eager", COMPILE) for how in (WHOLE, AGAIN))
 
 COMPARISONS = (
     # All weights with their moments are 96 GB in bf16.
-    Comparison("dev", "dev-256", overrides=ONE_DEVICE, ours=((AGAIN,), (AGAIN, KEEP), (WHOLE,)), peers=PEERS),
-    Comparison(
-        "dev-lora", "dev-lora", overrides=(*ONE_DEVICE, *SMALL), ours=((AGAIN,), (AGAIN, KEEP), (WHOLE,)), peers=PEERS
-    ),
-    Comparison("tiny", "tiny", peers=(peer("eager"), peer(COMPILE)), tiny=True),
+    Comparison("dev", "dev-256", overrides=ONE_DEVICE, ours=OURS, peers=PEERS),
+    Comparison("dev-lora", "dev-lora", overrides=(*ONE_DEVICE, *SMALL), ours=OURS, peers=PEERS),
+    Comparison("tiny", "tiny", ours=((), (COMPILED,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
     Comparison(
         "tiny-lora", "tiny", overrides=("lora={rank: 4, targets: [blocks.*]}",), peers=(peer("eager"),), tiny=True
     ),

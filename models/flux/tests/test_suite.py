@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import lora
+from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.recipe import LoraConfig
-from mindspeed_model_core.testing.equivalence import LAYOUTS, assert_equivalent
+from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent
 from mindspeed_model_core.testing.suite import ModelSuite
 from mindspeed_model_core.testing.tolerance import FP64
 from mindspeed_model_core.trunk import Batch, Trunk
@@ -75,6 +76,12 @@ class FluxSuite(ModelSuite):
             batch["reference"] = torch.randn(samples, config.channels, 4, grid[1], generator=draw)
         return batch
 
+    def job(self, **changes: Any) -> Job:
+        """Train with four micro-batches a step: no layout has more data ranks than two."""
+        config = self.config(**self.spread)
+        batches: dict[str, Any] = {"batches": lambda step: [self.batch(config, 4 * step + i) for i in range(4)]}
+        return super().job(**{**batches, **changes})
+
     def reference(self, config: Any) -> nn.Module:
         from diffusers import FluxTransformer2DModel
 
@@ -115,8 +122,24 @@ class TestTextToImage(FluxSuite):
     def test_context_parallelism_equals_one_process(self, spread: str) -> None:
         """Tokens that the ranks cannot share evenly, alone and with the other axes."""
         world, fields, size = CONTEXT[spread]
-        job = self.job(batches=lambda step: [self.batch(self.config(), 8 * step + i, size) for i in range(8)])
+        job = self.job(batches=lambda step: [self.batch(self.config(), 4 * step + i, size) for i in range(4)])
         assert_equivalent(job, world, fields, FP64)
+
+    def test_compiled_blocks_equal_plain_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The graphs of both kinds of blocks, run as they are: what makes kernels of them is PyTorch's."""
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+        monkeypatch.setattr(apply, "BACKEND", "aot_eager")
+        config = self.config(num_layers=1, num_single_layers=1)
+        job = self.job(
+            build=lambda: MODEL.build(config),
+            # Tokens change from step to step.
+            batches=lambda step: [self.batch(config, step, (ODD, EVEN)[step])],
+            steps=2,
+            recompute="all",
+            compile=True,
+        )
+        with torch._dynamo.config.patch(disable=False):
+            assert_equivalent(job, 1, {}, FP64)
 
     @pytest.mark.dist
     @pytest.mark.parametrize(
