@@ -11,6 +11,7 @@ import typer
 from mindspeed_model_core import launch, weights
 from mindspeed_model_core.data.media import is_image, probe, read_frames, write_image
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.frozen import quiet
 from mindspeed_model_core.sampling import (
     Cp,
     Denoiser,
@@ -124,10 +125,11 @@ def make_scheduler(source: Path) -> Any:
 
 def sample(net: Flux, encoders: Encoders, what: Sampling, scheduler: Any) -> Tensor:
     """Return a uint8 image ``[3, height, width]``, by diffusers' pipeline."""
-    import diffusers
-
     given = _given(net.config, what)
-    kind = diffusers.FluxPipeline if given is None else diffusers.FluxKontextPipeline
+    with quiet():  # of CLIP's own processor, which needs torchvision and is not used
+        import diffusers
+
+        kind = diffusers.FluxPipeline if given is None else diffusers.FluxKontextPipeline
     parts = {name: getattr(encoders, name) for name in NEEDED}
     pipeline = kind(**parts, scheduler=scheduler, transformer=Transformer(net))
     pipeline.set_progress_bar_config(disable=not launch.first_rank(), desc="sampling")

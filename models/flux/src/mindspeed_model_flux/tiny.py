@@ -1,13 +1,17 @@
-"""Encoders small enough for a CPU, in the layout of the published ones: for tests."""
+"""Encoders small enough for a CPU, in the layout of the published ones: for tests and the demonstration."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindspeed_model_core.frozen import quiet
-from mindspeed_model_core.showcase import letters, settle
+from mindspeed_model_core.frozen import quiet, signed
+from mindspeed_model_core.showcase import letters, settle, train_vae
+from torch import Tensor
+
+from .encoders import Encoders
 
 TEXT_WIDTH, POOLED_WIDTH, LATENTS = 32, 24, 16
 CLIP_TOKENS = 77
@@ -23,6 +27,18 @@ def write_tiny_encoders(folder: str | Path) -> Path:
     with quiet():  # a bar for each part
         _write(folder)
     return folder
+
+
+def train_tiny_vae(folder: str | Path, images: Sequence[Tensor], steps: int = 200) -> float:
+    """Train the VAE of a folder to reconstruct ``images``, each uint8 ``[3, H, W]``; return its PSNR on them in dB.
+
+    Afterwards the published shift and scale are replaced by those of these images' latents.
+    """
+    encoders = Encoders(folder)
+    quality, values = train_vae(encoders.vae, [signed(image[None], encoders.device) for image in images], steps)
+    encoders.vae.register_to_config(shift_factor=float(values.mean()), scaling_factor=1 / float(values.std()))
+    encoders.vae.save_pretrained(Path(folder) / "vae")
+    return quality
 
 
 def _write(folder: Path) -> None:
