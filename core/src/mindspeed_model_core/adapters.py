@@ -134,7 +134,7 @@ def _open_run(path: Path, model: Model, config: Any, ema: bool) -> Adapters:
     choice = recipes.validate(LoraConfig, section, f"{path}: lora")
     linears = lora.targets(weights.on_meta(model.build, config), choice)
     pairs: dict[str, tuple[Pair | None, ...]] = {}
-    sizes = {name: linear.parts or (linear.out_features,) for name, linear in linears.items()}
+    sizes = {name: linear.projections for name, linear in linears.items()}
     held = set(opened.names())
 
     def read(name: str, index: int) -> tuple[Tensor, Tensor]:

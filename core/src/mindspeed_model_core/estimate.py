@@ -207,7 +207,7 @@ class _Alone(TensorParallel):
         return self._reduce(F.embedding(tokens.clamp(0, len(weight) - 1), weight) * mine[:, None], self.sequence)
 
     def gather(self, x: Tensor) -> Tensor:
-        return x.repeat(1, self.size)
+        return x.repeat(*[1] * (x.ndim - 1), self.size)
 
     def sum_features(self, x: Tensor) -> Tensor:
         return x
@@ -229,7 +229,7 @@ class _AloneContext(ContextParallel):
         mine = self.share(tokens)[1]
         return _Reshaped.apply(x, (mine, *x.shape[1:-2], x.shape[-2] * self.size, x.shape[-1]))
 
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
+    def gather(self, x: Tensor, tokens: int, shares: list[int] | None = None) -> Tensor:
         return _Reshaped.apply(x, (tokens, *x.shape[1:]))
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import device as devices
-from .recipe import Section
+from .recipe import Section, optional
 
 STEPS = 1000
 
@@ -24,6 +24,9 @@ class FlowConfig(Section):
 
     shift: float = Field(5.0, gt=0, description="1: uniform levels; more: towards noise")
     weighting: Literal["gaussian", "none"] = Field("gaussian", description="weight of a level in the loss")
+    density: Literal["uniform", "logit-normal"] = optional(
+        "uniform", description="how often each level of the grid is drawn; logit-normal: those in the middle most"
+    )
 
 
 def levels(shift: float) -> Tensor:
@@ -61,7 +64,7 @@ def add_noise(clean: Tensor, seeds: tuple[int, ...], config: FlowConfig) -> Nois
     noise, places = [], []
     for sample, seed in zip(clean, seeds, strict=True):
         draw = torch.Generator().manual_seed(seed)
-        places.append(int(torch.randint(STEPS, (), generator=draw)))
+        places.append(_place(config.density, draw))
         noise.append(torch.randn(sample.shape, generator=draw))
     device = clean.device
     drawn = devices.send(torch.stack(noise), device)
@@ -69,6 +72,13 @@ def add_noise(clean: Tensor, seeds: tuple[int, ...], config: FlowConfig) -> Nois
     sigma, weight = (devices.send(each[places].float(), device) for each in (grid, weight))
     spread = sigma.view(-1, *(1,) * (clean.dim() - 1))
     return Noised((1 - spread) * clean + spread * drawn, drawn - clean, STEPS * sigma, weight)
+
+
+def _place(density: str, draw: torch.Generator) -> int:
+    """Draw a place in the grid; the logit-normal density is that of mean 0 and deviation 1 (Esser et al. 2024)."""
+    if density == "uniform":
+        return int(torch.randint(STEPS, (), generator=draw))
+    return min(int(STEPS * torch.randn((), generator=draw).sigmoid()), STEPS - 1)
 
 
 def velocity_loss(predicted: Tensor, velocity: Tensor, weight: Tensor) -> Tensor:

@@ -49,6 +49,18 @@ class FrozenParts:
             raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         return network.to(self.device).requires_grad_(False).eval()
 
+    def load_tokenizer(self, name: str, kind: Any) -> Any:
+        """Return a part that is a tokenizer of transformers' class ``kind``."""
+        folder = self.part(name)
+        files = ("tokenizer.json", *kind.vocab_files_names.values())
+        if not any((folder / file).is_file() for file in files):
+            # Of nothing, transformers makes an empty tokenizer.
+            raise UserError(f"{folder}: cannot be loaded: holds none of {', '.join(dict.fromkeys(files))}")
+        try:
+            return kind.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # as above
+            raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:

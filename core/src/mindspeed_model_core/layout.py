@@ -96,6 +96,23 @@ class HeadPermute(Op):
 
 
 @dataclass(frozen=True)
+class SwapHalves(Op):
+    """The second half of the rows before the first, such as a scale and a shift made by one map."""
+
+    def join(self, theirs: Tensor) -> Tensor:
+        """Return the halves in the other order."""
+        return torch.cat(theirs.chunk(2)[::-1])
+
+    def split(self, ours: Tensor) -> Tensor:
+        """Return the halves in the other order."""
+        return torch.cat(ours.chunk(2)[::-1])
+
+    def grain(self, dim: int) -> int | None:
+        """Every column stays in place."""
+        return None if dim == 0 else 1
+
+
+@dataclass(frozen=True)
 class Cat:
     """Our parameter stacks several of theirs along ``dim``, each through its own op.
 

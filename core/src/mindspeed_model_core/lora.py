@@ -30,7 +30,8 @@ class Adapter(nn.Module):
 
     ``a`` is ``[projections * rank, in]``, ``b`` ``[out, rank]``: rows are stacked as the weight's are, so that each
     projection is a slice of both. What follows the weight's cut is ``b`` where the output is shared out, ``a`` where
-    the input is; the other factor is a replica. ``name`` is the Linear's, ``noise`` the network's.
+    the input is, in the parts ``inputs``; the other factor is a replica. ``name`` is the Linear's, ``noise`` the
+    network's.
     """
 
     tp: TensorParallel | None = None
@@ -40,7 +41,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.name, self.noise = name, noise
         self.split, self.unit, self.tokens = linear.split, linear.unit, linear.tokens
-        self.parts = linear.parts or (linear.out_features,)
+        self.parts, self.inputs = linear.projections, linear.parts if linear.split == "in" else ()
         self.scale, self.dropout = config.scale, config.dropout
         self.in_features = linear.in_features
         self.a = nn.Parameter(torch.empty(len(self.parts) * config.rank, linear.in_features))
@@ -52,7 +53,7 @@ class Adapter(nn.Module):
         if self.split == "out":
             return {"a": replica, "b": Placement(0, self.parts, self.unit)}
         if self.split == "in":
-            return {"a": Placement(1, unit=self.unit), "b": replica}
+            return {"a": Placement(1, self.inputs, self.unit), "b": replica}
         return {"a": replica, "b": replica}
 
     @property
@@ -94,7 +95,7 @@ class Adapter(nn.Module):
         if tokens is not None:
             dropped = dropped.chunk(tokens.size, 0)[tokens.rank]
         if features is not None:
-            dropped = dropped.chunk(features.size, -1)[features.rank]
+            dropped = Placement(dropped.dim() - 1, self.inputs).narrow(dropped, features.rank, features.size)
         return x.masked_fill(dropped, 0) / (1 - self.dropout)
 
 
@@ -172,4 +173,14 @@ def check_stages(net: Trunk, pp: int) -> None:
         raise UserError(
             f"parallel.pp={pp}: stage {empty[0]}, blocks {empty[0] * per} to {empty[0] * per + per - 1}, has no "
             "adapter; widen lora.targets or lower parallel.pp"
+        )
+
+
+def check_dropout(net: Trunk, cp: int, sequence: bool) -> None:
+    """Raise UserError if ranks share out tokens of several streams: a layer's dropout would depend on the layout."""
+    if net.noise is not None and net.streams and (cp > 1 or sequence):
+        field = f"parallel.cp={cp}" if cp > 1 else "parallel.sequence=true"
+        raise UserError(
+            f"lora.dropout: not with {field} in this network, whose text and image tokens have layers of their own; "
+            "set lora.dropout=0"
         )

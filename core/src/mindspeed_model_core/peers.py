@@ -137,7 +137,7 @@ class Side:
         words = [f"micro batch {self.recipe.micro_batch}", recompute]
         if self.recipe.recompute_keep != "nothing":
             words.append(f"{self.recipe.recompute_keep} kept")
-        if self.recipe.compile:
+        if self.recipe.compile and self.peer is None:
             words.append("compiled")
         if self.recipe.lora is not None:
             words.append(f"rank {self.recipe.lora.rank}")

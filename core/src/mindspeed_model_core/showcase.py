@@ -8,14 +8,14 @@ import shlex
 import string
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -83,6 +83,65 @@ def settle(network: N, seed: int) -> N:
                 inputs = 1 if "embed" in name or "relative" in name else weight[0].numel()
                 weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(inputs))
     return network.eval()
+
+
+def train_vae(vae: Any, samples: Sequence[Tensor], steps: int) -> tuple[float, Tensor]:
+    """Train one of diffusers' VAEs to reconstruct ``samples``, each ``[1, 3, ...]`` in [-1, 1].
+
+    Return its PSNR on them in dB, and their latents ``[channels, all]``, by which they may be normalised.
+    """
+    vae.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        sample = samples[step % len(samples)]
+        z = vae.encode(sample).latent_dist.mode()
+        # Noise keeps the latents from hiding detail in digits that a sampler cannot hit.
+        noise = torch.randn(z.shape, generator=generator) * 0.05
+        # Not clamped as pictures are: a saturated pixel would get no gradient.
+        error = (vae.decode(z + noise).sample - sample).square().mean() + 1e-4 * z.square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    vae.requires_grad_(False).eval()
+    with torch.no_grad():
+        latents = [vae.encode(sample).latent_dist.mode() for sample in samples]
+        errors = [(vae.decode(z).sample - s).square().mean() for z, s in zip(latents, samples, strict=True)]
+    return -10 * math.log10(float(torch.stack(errors).mean()) / 4), torch.cat([z[0].flatten(1) for z in latents], 1)
+
+
+def psnr(got: Tensor, want: Tensor) -> float:
+    """Return the peak signal-to-noise ratio of uint8 pictures in dB."""
+    error = (got.float() - want.float()).square().mean().item()
+    return 10 * math.log10(255**2 / max(error, 1e-9))
+
+
+def larger(frames: Tensor, times: int = 3) -> Tensor:
+    """Return pictures ``[..., height, width]`` whose pixels are so many times as wide and as high."""
+    return frames.repeat_interleave(times, -1).repeat_interleave(times, -2)
+
+
+def labelled(row: Tensor, text: str) -> Tensor:
+    """Return frames uint8 ``[frames, 3, height, width]`` after one that says what they are."""
+    from PIL import Image, ImageDraw
+
+    _, _, height, width = row.shape
+    tile = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(tile).multiline_text((4, height / 2), text, fill="black")
+    pixels = torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return torch.cat((pixels.permute(2, 0, 1)[None], row))
+
+
+def photo(name: str) -> Path:
+    """Return the file of one of scikit-image's photos; UserError if that is not installed."""
+    try:
+        import skimage
+    except ImportError:
+        raise UserError("the demonstration takes its photos from scikit-image; pip install scikit-image") from None
+    return Path(skimage.__file__).parent / "data" / name
 
 
 def letters() -> Any:

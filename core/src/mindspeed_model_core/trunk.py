@@ -50,9 +50,11 @@ class Trunk(nn.Module, ABC):
     ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything
     that carries a gradient from block to block is in the State; what can be computed from the batch alone is in the
     Context, made anew on every pipeline stage. ``compiles`` says that blocks may be compiled, ``compiled`` that they
-    are. ``recompute`` is how many of the blocks held here run again in backward, but for their attention if that is
-    what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of
-    ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in training.
+    are. ``streams`` says that tokens are of several kinds (text, image) with layers of their own, so that what a layer
+    sees is not always a run of all tokens. ``recompute`` is how many of the blocks held here run again in backward, but
+    for their attention if that is what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between
+    tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is set where layers draw random
+    numbers in training.
     """
 
     first: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class Trunk(nn.Module, ABC):
     blocks: nn.ModuleList
     compiles: bool = False
     compiled: bool = False
+    streams: bool = False
     recompute: int = 0
     recompute_keep: str = "nothing"
     sequence_ranks: int = 1

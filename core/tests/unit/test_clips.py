@@ -197,8 +197,8 @@ def test_csv_lists_with_other_column_names(clips: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("list.jsonl", "{}", "list.jsonl:1: no key path or video or image; it has none$"),
-        ("list.jsonl", '{"film": "a", "text": "b"}', "1: no key path or video or image; it has film, text$"),
+        ("list.jsonl", "{}", "list.jsonl:1: no key path or video or image or file_name; it has none$"),
+        ("list.jsonl", '{"film": "a", "text": "b"}', "1: no key path or .* or file_name; it has film, text$"),
         ("list.jsonl", '{"video": 3, "text": "b"}', "1: 'video' must hold text, got int"),
         ("list.jsonl", '{"video": null, "text": "b"}', "1: 'video' must hold text, got NoneType"),
         ("list.jsonl", '{"video": "A", "path": "B", "text": "x"}', "1: 'path' and 'video' differ, .* all but one out"),
@@ -208,7 +208,7 @@ def test_csv_lists_with_other_column_names(clips: Path) -> None:
         ("list.csv", "path,text", "lists no clip"),
         ("list.csv", "path,text\na.mp4,one, two", "list.csv:2: 3 values for 2 columns; quote the caption"),
         ("list.csv", "path,text\n\na.mp4", "list.csv:3: only 1 of 2 columns; add 'text'"),
-        ("list.csv", "vid;cap\na.mp4;x", "list.csv:2: no key path or video or image; values must be .* by commas"),
+        ("list.csv", "vid;cap\na.mp4;x", "list.csv:2: no key path or .* or file_name; values must be .* by commas"),
         (
             "list.csv",
             'path,text\na.mp4,"' + "x" * 200_000,
@@ -286,3 +286,46 @@ def test_the_encoders_folder_is_found_beside_the_weights(tmp_path: Path) -> None
     for init_from in (None, str(tmp_path / "vae" / "deeper")):
         with pytest.raises(UserError, match="data.encoders: .*, with vae/, text_encoder/"):
             data.encoder_folder(init_from)
+
+
+def test_a_folder_of_images_is_a_list(tmp_path: Path) -> None:
+    """Captions beside the images, in a list among them, or one for all; a caption that changes is another list."""
+    write_clips(tmp_path / "made", [(1, 32, 48)] * 3)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        (tmp_path / "made" / f"part-{number}" / "clip.png").rename(folder / f"{number}.png")
+    (folder / "notes.md").write_text("no image")
+    (folder / "1.txt").write_text("one\nof its own ")
+    loader = load(folder, kind=Pictures, prompt="all")
+    assert set(captions(loader, 4)) == {"all", "one of its own"}
+    state = loader.state_dict()
+    (folder / "1.txt").write_text("another")
+    with pytest.raises(UserError, match="data"):
+        load(folder, kind=Pictures, prompt="all").load_state_dict(state)
+    with pytest.raises(UserError, match=r"0.png: no caption; write it to 0.txt, or give a prompt"):
+        load(folder, kind=Pictures)
+    (folder / "metadata.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": "t{n}"}}\n' for n in range(3)))
+    assert set(captions(load(folder, kind=Pictures), 4)) == {"t0", "t1", "t2"}
+    with pytest.raises(UserError, match="metadata.jsonl: has a caption for each file; leave the prompt 'all' out"):
+        load(folder, kind=Pictures, prompt="all")
+    with pytest.raises(UserError, match="data.prompt='all': is for a folder of images, which .* is not; leave it out"):
+        Pictures(path=str(folder / "metadata.jsonl"), prompt="all").source()
+
+
+def test_references_come_in_the_shape_of_what_is_made_of_them(tmp_path: Path) -> None:
+    write_clips(tmp_path, [(1, 32, 48), (1, 80, 40)])
+    listed = tmp_path / "pairs.jsonl"
+    rows = [{"path": f"part-{n}/clip.png", "text": "t", "reference": f"part-{1 - n}/clip.png"} for n in range(2)]
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = Clips(listed, Pictures(path=str(listed)), references=True)
+    sample = reader.read(0, 5)
+    assert sample is not None and sample["reference"].shape == sample["video"].shape == (1, 3, 32, 48)
+    assert torch.equal(sample["reference"], read_frames(tmp_path / "part-1/clip.png", 1, fps=None, size=(32, 48)))
+    assert reader.collate([sample, sample])["reference"].shape == (2, 1, 3, 32, 48)
+    (tmp_path / "part-1/clip.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pairs.jsonl:1: .*part-1/clip.png: not a readable image"):
+        Clips(listed, Pictures(path=str(listed)), references=True)
+    with pytest.raises(UserError, match="pairs.jsonl:1: no key reference or source or control"):
+        listed.write_text('{"path": "part-0/clip.png", "text": "t"}\n')
+        Clips(listed, Pictures(path=str(listed)), references=True)

@@ -152,3 +152,24 @@ def test_estimate_counts_what_is_held():
     assert average.memory.optimizer == plain.memory.optimizer + 4 * plain.parameters
     spread = estimate(toy.recipe(lora={"rank": 2}, parallel={"shard": "zero3"}), toy.TOY, 2)
     assert spread.memory.optimizer == 12 * factors // 2
+
+
+def test_parts_of_an_input_that_is_shared_out():
+    """Each rank's rows of A are those of the weight's columns that it holds; the output is one projection."""
+    linear = layers.Linear(6, 8, split="in", parts=(2, 4))
+    linear.lora = lora.Adapter(linear, LoraConfig(rank=3), "layer", Noise())
+    assert linear.projections == (8,) and linear.lora.a.shape == (3, 6) and linear.lora.b.shape == (8, 3)
+    for cut in (linear.placements()["weight"], linear.lora.placements()["a"]):
+        assert (cut.dim, cut.parts) == (1, (2, 4))
+        columns = torch.arange(6).expand(3, 6)
+        assert [cut.narrow(columns, rank, 2)[0].tolist() for rank in (0, 1)] == [[0, 2, 3], [1, 4, 5]]
+
+
+def test_dropout_of_streams_that_ranks_share_out_is_refused():
+    net = adapted(rank=2, dropout=0.5).net
+    lora.check_dropout(net, cp=2, sequence=True)
+    net.streams = True
+    lora.check_dropout(net, cp=1, sequence=False)
+    for cp, sequence, said in ((2, False, "parallel.cp=2"), (1, True, "parallel.sequence=true")):
+        with pytest.raises(UserError, match=said):
+            lora.check_dropout(net, cp, sequence)

@@ -23,3 +23,13 @@ def test_a_norm_of_a_sum(shared: bool) -> None:
     total = x + residual
     want = learn((norm(total), total))
     assert all(torch.equal(a, b) for a, b in zip(learn(norm.add(x, residual)), want, strict=True))
+
+
+def test_a_norm_of_heads_is_partial_wherever_heads_are_shared_out() -> None:
+    """Ranks see the gradients of their own heads alone, in sequence parallelism and without it."""
+    norm = layers.HeadNorm(4, 1e-6)
+    x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    assert not norm.placements()["weight"].partial
+    norm.tp = SimpleNamespace(sequence=False)  # type: ignore[assignment]
+    assert norm.placements()["weight"].partial and norm.placements()["weight"].dim is None

@@ -19,7 +19,7 @@ import pytest
 import torch
 from mindspeed_model_core import tensorfile, weights
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, HeadPermute, Layout, Op, Row, Same, Table
+from mindspeed_model_core.layout import Cat, HeadPermute, Layout, Op, Row, Same, SwapHalves, Table
 from mindspeed_model_core.model import Model
 from mindspeed_model_core.parallel.placement import Placement
 from mindspeed_model_core.recipe import Recipe, Section, validate
@@ -346,6 +346,14 @@ def test_op_inverts_and_commutes_with_slices_on_its_grain(op: Op) -> None:
 def test_head_permute_gathers_even_rows_then_odd_rows() -> None:
     x = torch.arange(8.0)[:, None]
     assert HeadPermute(4).join(x).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_halves_are_swapped_whole_and_columns_stay() -> None:
+    x = torch.arange(12.0).view(4, 3)
+    assert SwapHalves().join(x)[:, 0].tolist() == [6, 9, 0, 3]
+    assert torch.equal(SwapHalves().split(SwapHalves().join(x)), x)
+    assert SwapHalves().grain(0) is None and SwapHalves().grain(1) == 1
+    assert torch.equal(SwapHalves().join(x[:, 1:2]), SwapHalves().join(x)[:, 1:2])
 
 
 def test_table_is_total() -> None:

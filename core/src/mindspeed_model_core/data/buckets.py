@@ -17,6 +17,9 @@ from .media import probe
 from .shuffle import shuffled
 from .slots import Drawn, Position
 
+SMALLEST = 16
+"""Pixels along a side below which a file shows nothing."""
+
 
 class Bucket(NamedTuple):
     """The shape that clips are brought to."""
@@ -57,6 +60,8 @@ def choose(
 def fit(path: str | Path, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], fps: float) -> Bucket:
     """Return the bucket of a file when sampled at ``fps``; UserError for one that cannot be used."""
     clip = probe(path)
+    if min(clip.width, clip.height) < SMALLEST:
+        raise UserError(f"{path}: is {clip.width} x {clip.height} pixels, the least is {SMALLEST} along a side")
     length = clip.length(fps)
     bucket = choose(clip.width, clip.height, length, sizes, lengths)
     if bucket is None:

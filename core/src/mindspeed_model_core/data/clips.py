@@ -18,11 +18,11 @@ from torch import Tensor
 from .. import launch
 from ..errors import UserError
 from ..frozen import has_parts
-from ..recipe import Recipe, Section, local
+from ..recipe import Recipe, Section, local, optional
 from ..trunk import Batch
 from .buckets import Bucket, BucketSource, aspect_buckets, fit
 from .features import INDEX
-from .media import Denied, Item, check_file, read_frames, read_list
+from .media import Denied, Item, check_file, holds_images, read_frames, read_items
 from .ranks import agree, spread
 from .slots import CONTENT, SlotLoader
 
@@ -35,9 +35,9 @@ _SHOWN = 5  # bad files named one by one when a run begins
 class PictureData(Section):
     """Which pictures a network learns from, and the shapes they are brought to.
 
-    ``path`` is a .jsonl or .csv list of files and captions, a folder made by ``prepare``, or a .jsonl list of feature
-    files (.pt). The shapes are the first's alone: features have theirs, and those set must agree. A model sets its
-    sizes and ``stride``.
+    ``path`` is a .jsonl or .csv list of files and captions, a folder of images, a folder made by ``prepare``, or a
+    .jsonl list of feature files (.pt). The shapes are those of the first two alone: features have theirs, and those set
+    must agree. A model sets its sizes and ``stride``.
     """
 
     stride: ClassVar[int]
@@ -46,6 +46,7 @@ class PictureData(Section):
     """The subfolders that tell a folder of encoders."""
 
     path: str | None = local(None, description="a list of files (.jsonl, .csv), a prepared folder, a list of .pt files")
+    prompt: str | None = optional(description="the caption of images in a folder that have none beside them")
     kind: Literal["raw", "features"] | None = local(None, description="what path is; null: what it looks like")
     encoders: str | None = local(
         None, description="the folder with the frozen encoders, as vae/; null: that of init_from"
@@ -107,7 +108,14 @@ class PictureData(Section):
             raise UserError(f"data.path={self.path}: no such file or folder")
         if path.is_dir() and (path / "data.jsonl").is_file() and not (path / INDEX).is_file():
             path = path / "data.jsonl"
-        found: Source = "prepared" if path.is_dir() else "files" if _lists_features(path) else "raw"
+        images = path.is_dir() and not (path / INDEX).is_file() and holds_images(path)
+        found: Source = (
+            "raw" if images else "prepared" if path.is_dir() else "files" if _lists_features(path) else "raw"
+        )
+        if self.prompt is not None and not images:
+            raise UserError(
+                f"data.prompt={self.prompt!r}: is for a folder of images, which {path} is not; leave it out"
+            )
         if self.kind is not None and self.kind != ("raw" if found == "raw" else "features"):
             looks = "a list of clips" if found == "raw" else "features"
             raise UserError(f"data.kind={self.kind}: {path} is {looks}; set data.kind=null or another data.path")
@@ -246,6 +254,14 @@ def content(path: Path) -> dict[str, str]:
     return {CONTENT: found}
 
 
+def _content_of(items: Sequence[Item]) -> dict[str, str]:
+    """Return the fact that tells which images a folder holds, and their captions; the same on all ranks."""
+    lines = "".join(f"{item.written}\n{item.caption}\n" for item in items)
+    found = hashlib.sha256(lines.encode()).hexdigest()[:12]
+    agree(CONTENT, found)
+    return {CONTENT: found}
+
+
 def drops_text(seed: int, share: float) -> bool:
     """Return whether the sample of a seed goes without its text; independent of what else is drawn from the seed."""
     digest = hashlib.sha256(f"{seed}/text".encode()).digest()
@@ -292,6 +308,8 @@ def usable(items: Sequence[Item], data: PictureData, bad: BadFiles) -> list[tupl
 
     def look(item: Item) -> Bucket:
         with naming(item.where):
+            if item.reference is not None:
+                fit(item.reference, data.sizes, data.lengths, data.rate)
             return fit(item.path, data.sizes, data.lengths, data.rate)
 
     found = []
@@ -305,8 +323,18 @@ def usable(items: Sequence[Item], data: PictureData, bad: BadFiles) -> list[tupl
 
 def read_clip(item: Item, bucket: Bucket, fps: float) -> Tensor:
     """Return a clip's frames in its bucket's shape, uint8 ``[F, 3, H, W]``: from its middle, at ``fps``."""
+    return _read(item, item.path, bucket, fps)
+
+
+def read_reference(item: Item, bucket: Bucket, fps: float) -> Tensor:
+    """Return the frames of the file that an item is to be made from, in the item's shape."""
+    assert item.reference is not None
+    return _read(item, item.reference, bucket, fps)
+
+
+def _read(item: Item, path: Path, bucket: Bucket, fps: float) -> Tensor:
     with naming(item.where):
-        return read_frames(item.path, bucket.frames, fps=fps, size=(bucket.height, bucket.width))
+        return read_frames(path, bucket.frames, fps=fps, size=(bucket.height, bucket.width))
 
 
 @contextmanager
@@ -319,15 +347,16 @@ def naming(where: str) -> Iterator[None]:
 
 
 class Clips:
-    """Reads a list of clips or pictures and their captions.
+    """Reads a list of clips or pictures and their captions, or a folder of images.
 
-    A batch holds ``video`` uint8 ``[B, F, 3, H, W]``, ``captions`` and ``seeds``, one number a sample. Raises UserError
-    for a list of which nothing can be used.
+    A batch holds ``video`` uint8 ``[B, F, 3, H, W]``, ``captions`` and ``seeds``, one number a sample; with
+    ``references`` also ``reference``, in the shape of ``video``. Raises UserError for a list of which nothing can be
+    used.
     """
 
-    def __init__(self, path: Path, data: PictureData) -> None:
-        items = read_list(path)
-        facts = content(path)
+    def __init__(self, path: Path, data: PictureData, *, references: bool = False) -> None:
+        items = read_items(path, prompt=data.prompt, references=references)
+        facts = content(path) if path.is_file() else _content_of(items)
         self.bad = BadFiles(data.on_bad)
         self.clips = usable(items, data, self.bad)
         self.bad.report(len(items))
@@ -341,17 +370,20 @@ class Clips:
         """Return a clip's frames and caption, or None if the file is bad."""
         item, bucket = self.clips[index]
         try:
-            video = read_clip(item, bucket, self.fps)
+            frames = {"video": read_clip(item, bucket, self.fps)}
+            if item.reference is not None:
+                frames["reference"] = read_reference(item, bucket, self.fps)
         except UserError as error:
             self.bad.found_late(error)
             return None
-        return {"video": video, "caption": "" if drops_text(seed, self.text_drop) else item.caption, "seed": seed}
+        return {**frames, "caption": "" if drops_text(seed, self.text_drop) else item.caption, "seed": seed}
 
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:
         """Return a micro-batch."""
+        frames = [name for name in ("video", "reference") if name in samples[0]]
         return {
-            "video": torch.stack([s["video"] for s in samples]),
+            **{name: torch.stack([s[name] for s in samples]) for name in frames},
             "captions": tuple(s["caption"] for s in samples),
             "seeds": tuple(s["seed"] for s in samples),
         }

@@ -43,7 +43,10 @@ def check_settings(features: FeatureSet, data: PictureData) -> None:
     """
     of = {"sizes": ("height", "width", "ratios", "multiple"), "frames": ("frames",), "fps": ("fps",)}
     for name, wanted in data.shapes.items():
-        had, given = features.meta.get(name), [field for field in of.get(name, ()) if field in data.model_fields_set]
+        had, given = (
+            features.meta.get(name),
+            [field for field in of.get(name, (name,)) if field in data.model_fields_set],
+        )
         if had is not None and given and had != wanted:
             shown = ", ".join(f"data.{field}={getattr(data, field)}" for field in given)
             what = f"{name} (height, width)" if name == "sizes" else name

@@ -26,8 +26,11 @@ _GAP = 4  # pixels between the pictures of a contact sheet
 _SEEK = 1.0  # seconds below which decoding from the beginning costs less than looking for a key frame
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
-_FILES = ("path", "video", "image")
+_FILES = ("path", "video", "image", "file_name")
 _CAPTIONS = ("text", "caption", "prompt")
+_REFERENCES = ("reference", "source", "control")
+_LISTS = ("metadata.jsonl", "metadata.csv")
+"""What a folder of images may have its captions in, as the datasets library names it."""
 
 
 class Denied(UserError):
@@ -56,6 +59,7 @@ class Item:
     """A line of a list of clips: its number from 1, the file it names and the file's caption.
 
     ``written`` is the path as the line has it, and ``where`` the place to name in messages, as ``clips.jsonl:3``.
+    ``reference`` is a second file, from which the first is to be made.
     """
 
     line: int
@@ -63,18 +67,65 @@ class Item:
     caption: str
     written: str = ""
     where: str = ""
+    reference: Path | None = None
 
 
-def read_list(path: str | Path) -> list[Item]:
+def holds_images(folder: Path) -> bool:
+    """Return whether a folder is one of images, with captions beside them or in a list among them."""
+    return any((folder / name).is_file() for name in _LISTS) or any(map(is_image, folder.iterdir()))
+
+
+def read_items(path: str | Path, *, prompt: str | None = None, references: bool = False) -> list[Item]:
+    """Return the files of a list, or the images of a folder; see ``read_list``.
+
+    A folder has the list in its metadata.jsonl or metadata.csv. One without has a caption in the .txt file of an
+    image's name, or ``prompt`` is the caption; it has no references. Raises UserError as ``read_list`` does, for an
+    image without caption, and for a prompt that nothing would use.
+    """
+    path = Path(path).expanduser()
+    listed = next((path / name for name in _LISTS if (path / name).is_file()), None) if path.is_dir() else path
+    if listed is not None:
+        if prompt is not None:
+            raise UserError(f"{listed}: has a caption for each file; leave the prompt {prompt!r} out")
+        return read_list(listed, references=references)
+    if references:
+        raise UserError(f"{path}: pairs of images are listed in a .jsonl or .csv file, or {_LISTS[0]} in their folder")
+    images = sorted(file for file in path.iterdir() if is_image(file))
+    if not images:
+        raise UserError(f"{path}: holds no image; known are {', '.join(IMAGES)}")
+    return [Item(number, file, _caption(file, prompt), file.name, str(path)) for number, file in enumerate(images, 1)]
+
+
+def _caption(image: Path, prompt: str | None) -> str:
+    beside = image.with_suffix(".txt")
+    if beside.is_file():
+        try:
+            return " ".join(beside.read_text(encoding="utf-8-sig").split())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{beside}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
+    if prompt is None:
+        raise UserError(f"{image}: no caption; write it to {beside.name}, or give a prompt for all that have none")
+    return prompt
+
+
+def read_list(path: str | Path, *, references: bool = False) -> list[Item]:
     """Return the clips that a .jsonl or .csv file lists; paths in it are relative to its folder.
 
-    A line has the file under ``path``, ``video`` or ``image`` and the caption under ``text``, ``caption`` or
-    ``prompt``; the first line of a .csv names the columns. Raises UserError naming a line that lacks either, has
-    several that differ, or more or fewer values than columns.
+    A line has the file under ``path``, ``video``, ``image`` or ``file_name``, the caption under ``text``, ``caption``
+    or ``prompt``, and with ``references`` the file to start from under ``reference``, ``source`` or ``control``; the
+    first line of a .csv names the columns. Raises UserError naming a line that lacks one, has several that differ, or
+    more or fewer values than columns.
     """
     path = Path(path).expanduser()
     return [
-        Item(line, path.parent / written, column(where, row, _CAPTIONS), written, where)
+        Item(
+            line,
+            path.parent / written,
+            column(where, row, _CAPTIONS),
+            written,
+            where,
+            path.parent / column(where, row, _REFERENCES) if references else None,
+        )
         for line, where, row in read_rows(path)
         for written in (column(where, row, _FILES),)
     ]
@@ -294,6 +345,20 @@ def write_video(path: str | Path, frames: Tensor | Iterable[Tensor], fps: float)
         draft.unlink(missing_ok=True)
 
 
+def write_image(path: str | Path, frame: Tensor) -> None:
+    """Write a uint8 frame ``[3, height, width]`` as an image of the kind its name says; it appears when complete."""
+    from PIL import Image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy())).save(draft)
+        publish(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def contact_sheet(path: str | Path, rows: Sequence[Tensor]) -> None:
     """Write rows of frames, each uint8 ``[frames, 3, height, width]``, as one PNG; sizes may differ between rows."""
     from PIL import Image
@@ -344,7 +409,10 @@ def _image(path: Path) -> Iterator[Any]:
             yield image
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UserError(f"{path}: has more than {most:,} pixels; scale it down") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{path}: not a readable image ({_reason(error)}); it is damaged or truncated") from None
 
 

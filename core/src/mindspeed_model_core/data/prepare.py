@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +29,7 @@ from ..errors import UserError
 from ..recipe import validate
 from ..tensorfile import publish, read_json, write_json
 from .buckets import Bucket
-from .clips import BadFiles, PictureData, read_clip, usable
+from .clips import BadFiles, PictureData, read_clip, read_reference, usable
 from .encoded import EMPTY_TEXT, write_empty_text
 from .features import SHARDS, FeatureWriter, done, write_index
 from .media import Item
@@ -100,12 +101,12 @@ def prepare(
     """Encode the items that ``destination`` does not hold yet; return a line that says what was done.
 
     Every process of a job calls this; items go to whoever is free. ``encode`` makes a sample's tensors of an item and
-    its frames, uint8 ``[F, 3, H, W]`` in the shape of its bucket; ``empty_text`` those of them that an empty caption
-    replaces. ``settings``, which are JSON, and the shapes of ``data`` are what a folder is made with. Raises UserError
-    for a folder that holds something else, was made with other settings or from another list, or is being written to
-    by another job, for a bad file unless ``data`` skips those, and for a list of which nothing can be used. A job that
-    ends early, by an error, SIGTERM or SIGINT, keeps all that it encoded; one that is killed, all but what the last
-    five minutes made.
+    its frames, uint8 ``[F, 3, H, W]`` in the shape of its bucket, behind them its reference's; ``empty_text`` those of
+    them that an empty caption replaces. ``settings``, which are JSON, and the shapes of ``data`` are what a folder is
+    made with. Raises UserError for a folder that holds something else, was made with other settings or from another
+    list, or is being written to by another job, for a bad file unless ``data`` skips those, and for a list of which
+    nothing can be used. A job that ends early, by an error, SIGTERM or SIGINT, keeps all that it encoded; one that is
+    killed, all but what the last five minutes made.
     """
     settings = {**settings, **data.shapes}
     with closing(Job()) as job:
@@ -163,7 +164,10 @@ def _encode(
 
     def read(clip: tuple[Item, Bucket]) -> tuple[Item, Tensor | UserError]:
         try:
-            return clip[0], read_clip(*clip, data.rate)
+            frames = read_clip(*clip, data.rate)
+            if clip[0].reference is not None:
+                frames = torch.cat((frames, read_reference(*clip, data.rate)))
+            return clip[0], frames
         except UserError as error:
             return clip[0], error
 
@@ -293,7 +297,8 @@ def _check_list(folder: Path, before: Mapping[str, Any], items: Sequence[Item]) 
 
 def _mark(item: Item) -> str:
     """Return hex digits that tell a line from another; its path is as written, so that the list may be moved."""
-    return hashlib.sha256(f"{item.line} {item.written} {item.caption}".encode()).hexdigest()[:_MARK]
+    reference = f" {item.reference.name}" if item.reference is not None else ""
+    return hashlib.sha256(f"{item.line} {item.written} {item.caption}{reference}".encode()).hexdigest()[:_MARK]
 
 
 class _Lock:

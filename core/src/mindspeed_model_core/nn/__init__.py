@@ -1,11 +1,21 @@
 """Layers that know how tensor parallelism cuts their parameters, and run unchanged on one device."""
 
 from .attention import Attention, KVCache
-from .diffusion import CrossAttention, FinalPatches, Modulation, Patches, SelfAttention, TimeEmbedding
+from .diffusion import (
+    CrossAttention,
+    FinalPatches,
+    Modulation,
+    Patches,
+    SelfAttention,
+    TimeEmbedding,
+    VectorModulation,
+    WholeAttention,
+    sinusoids,
+)
 from .embedding import Embedding, TiedVocab, VocabHead
 from .linear import Linear
 from .mlp import FeedForward, SwiGLU
-from .norm import LayerNorm, RMSNorm
+from .norm import HeadNorm, LayerNorm, RMSNorm
 
 __all__ = [
     "Attention",
@@ -13,6 +23,7 @@ __all__ = [
     "Embedding",
     "FeedForward",
     "FinalPatches",
+    "HeadNorm",
     "KVCache",
     "LayerNorm",
     "Linear",
@@ -23,5 +34,8 @@ __all__ = [
     "SwiGLU",
     "TiedVocab",
     "TimeEmbedding",
+    "VectorModulation",
     "VocabHead",
+    "WholeAttention",
+    "sinusoids",
 ]

@@ -20,7 +20,24 @@ from .linear import Linear
 from .norm import RMSNorm
 
 
-class SelfAttention(nn.Module, ContextShared):
+class WholeAttention(nn.Module, ContextShared):
+    """Attention of every token to every other, whoever holds them; what makes q, k and v is a subclass's."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+        """Return ``[tokens, batch, heads * width]`` of this rank's ``[tokens, batch, heads, width]``.
+
+        ``tables`` turn q and k; they are of all tokens, in the order in which ranks hold them.
+        """
+        tokens = len(tables[0])
+        if self.cp is not None:
+            q, k, v = self.cp.to_heads(torch.stack((q, k, v), 2), tokens).unbind(2)
+        y = ops.full_attention(ops.rope_interleaved(q, *tables), ops.rope_interleaved(k, *tables), v)
+        if self.cp is not None:
+            y = self.cp.to_tokens(y, tokens)
+        return y.flatten(-2)
+
+
+class SelfAttention(WholeAttention):
     """Every token attends to every other; q and k are normed over all heads together, then turned."""
 
     def __init__(self, width: int, heads: int, eps: float) -> None:
@@ -35,13 +52,7 @@ class SelfAttention(nn.Module, ContextShared):
         """Map ``[tokens, batch, width]`` to the same shape; ``tables`` are of all tokens, whoever holds them."""
         q, k, v = self.qkv(x).chunk(3, -1)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.q_norm(q), self.k_norm(k), v))
-        tokens = len(tables[0])
-        if self.cp is not None:
-            q, k, v = self.cp.to_heads(torch.stack((q, k, v), 2), tokens).unbind(2)
-        y = ops.full_attention(ops.rope_interleaved(q, *tables), ops.rope_interleaved(k, *tables), v)
-        if self.cp is not None:
-            y = self.cp.to_tokens(y, tokens)
-        return self.out(y.flatten(-2))
+        return self.out(self.attend(q, k, v, tables))
 
 
 class CrossAttention(nn.Module):
@@ -89,6 +100,27 @@ class Modulation(nn.Module):
         """Return ``count`` tensors ``[batch, width]`` in fp32 or wider from ``time [count or 1, batch, width]``."""
         wide = torch.promote_types(time.dtype, torch.float32)
         return (self.table.to(wide)[:, None] + time.to(wide)).unbind()
+
+
+class VectorModulation(Linear):
+    """``count`` shifts, scales and gates that are a linear map of what a sample's vector says.
+
+    In large networks these maps are a good part of all weights, so tensor parallelism shares out their output.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__(width, count * width, split="out", tokens="all")
+        self.count = count
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Return ``count`` tensors ``[batch, width]`` of ``[1, batch, width]``, which every rank has."""
+        y = super().forward(x)
+        if self.tp is not None:
+            y = self.tp.gather(y)
+            if self.tp.sequence:
+                # What follows works on this rank's tokens: its gradient is a share.
+                y = self.tp.enter(y, False)
+        return y[0].unflatten(-1, (self.count, -1)).unbind(-2)
 
 
 class Patches(nn.Module):
@@ -158,12 +190,17 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``[1, batch, width]`` and ``[modulations, batch, width]`` for ``time [batch]`` from 0 to 1000."""
-        wide = torch.promote_types(time.dtype, torch.float32)
-        half = self.frequencies // 2
-        steps = torch.arange(half, device=time.device, dtype=wide)
-        angle = time.to(wide)[:, None] * torch.exp(-math.log(10000) * steps / half)
-        waves = torch.cat((angle.cos(), angle.sin()), -1)
+        waves = sinusoids(time, self.frequencies)
         waves = waves.to(torch.promote_types(self.up.weight.dtype, torch.float32))
         embedded = self.out(F.silu(self.up(waves)))
         parts = self.modulations(F.silu(embedded)).unflatten(-1, (-1, embedded.shape[-1]))
         return embedded[None], parts.movedim(1, 0)
+
+
+def sinusoids(time: Tensor, count: int) -> Tensor:
+    """Return ``[batch, count]`` cosines, then sines, of ``time [batch]`` from 0 to 1000, in fp32 or wider."""
+    wide = torch.promote_types(time.dtype, torch.float32)
+    half = count // 2
+    steps = torch.arange(half, device=time.device, dtype=wide)
+    angle = time.to(wide)[:, None] * torch.exp(-math.log(10000) * steps / half)
+    return torch.cat((angle.cos(), angle.sin()), -1)

@@ -17,8 +17,9 @@ from ..parallel.tensor import TensorParallel
 class Linear(nn.Linear):
     """``y = x W^T + b``. ``split="out"`` shares out output features, ``split="in"`` input features, None neither.
 
-    ``parts`` are sizes of projections stacked in the output (q, k, v), each shared out on its own; ``unit`` is the
-    smallest block that must stay whole, such as a head's width. Sequence parallelism shares out the tokens of the
+    ``parts`` are sizes of what is stacked along the cut side, each shared out on its own: projections in the output (q,
+    k, v), or in the input what several layers made; ``unit`` is the smallest block that must stay whole, such as a
+    head's width. Sequence parallelism shares out the tokens of the
     input, unless ``tokens="all"``: then every rank has them all, as of a text that is short beside a video. With
     ``tokens="none"`` the input has none, as a time step's, but what follows works on this rank's. An input wider than
     the weights, as fp32 beside bf16, is computed with in its own dtype where nothing is shared out. ``lora`` is an
@@ -49,8 +50,13 @@ class Linear(nn.Linear):
             return {"weight": cut, "bias": cut}
         replica = Placement(partial=self._shares_tokens)
         if self.split == "in":
-            return {"weight": Placement(1, unit=self.unit), "bias": replica}
+            return {"weight": Placement(1, self.parts, self.unit), "bias": replica}
         return {"weight": replica, "bias": replica}
+
+    @property
+    def projections(self) -> tuple[int, ...]:
+        """Return the sizes of the projections stacked in the output."""
+        return self.parts if self.parts and self.split != "in" else (self.out_features,)
 
     @property
     def _shares_tokens(self) -> bool:

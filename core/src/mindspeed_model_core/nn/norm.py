@@ -47,6 +47,14 @@ class RMSNorm(nn.Module):
         return self(total), total
 
 
+class HeadNorm(RMSNorm):
+    """Root-mean-square norm of each head alone, ``[..., heads, width]``, with one learned scale for all of them."""
+
+    def placements(self) -> dict[str, Placement]:
+        """Return a replica, whose gradient covers only this rank's heads."""
+        return {"weight": Placement(partial=self.tp is not None)}
+
+
 class LayerNorm(nn.Module):
     """Layer norm over the last dim (Ba et al. 2016, arXiv:1607.06450) with a learned scale and shift.
 

@@ -72,6 +72,7 @@ def check(net: Trunk, parallel: ParallelConfig, world: int) -> None:
         fits = [n for n in range(1, blocks + 1) if blocks % n == 0]
         raise UserError(f"parallel.pp={parallel.pp}: does not divide the {blocks} blocks; valid: {_list(fits)}")
     lora.check_stages(net, parallel.pp)
+    lora.check_dropout(net, parallel.cp, parallel.sequence)
     shapes = {n: p.shape for n, p in net.named_parameters()}
     cuts = [
         (part // placement.unit, "heads" if placement.unit > 1 else "features", name)

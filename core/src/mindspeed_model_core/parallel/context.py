@@ -41,9 +41,12 @@ class ContextParallel:
         """Turn ``[tokens, ..., my heads, width]`` back into ``[my tokens, ..., heads, width]``."""
         return _Exchange.apply(x, self, tokens, False)
 
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
-        """Join all ranks' tokens; every rank then computes the same, so backward keeps this rank's share."""
-        return gather_tokens(x, self.group, self.shares(tokens))
+    def gather(self, x: Tensor, tokens: int, shares: list[int] | None = None) -> Tensor:
+        """Join all ranks' tokens; every rank then computes the same, so backward keeps this rank's share.
+
+        ``shares`` are how many each rank holds, where they are not those of ``shares()``.
+        """
+        return gather_tokens(x, self.group, self.shares(tokens) if shares is None else shares)
 
 
 class ContextShared:

@@ -8,7 +8,6 @@ and draws original, reconstruction and sample side by side.
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,7 @@ import typer
 from mindspeed_model_core import metrics
 from mindspeed_model_core.data.media import contact_sheet, read_frames, write_video
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.showcase import Showcase, console, main
+from mindspeed_model_core.showcase import Showcase, console, labelled, larger, main, photo, psnr
 from torch import Tensor
 
 from .encoders import Encoders
@@ -30,34 +29,24 @@ VAE_STEPS, BAR = 150, 20.0
 shows = Showcase("wan21", __package__ or "mindspeed_model_wan21")
 
 
-def pan(photo: Path) -> Tensor:
+def pan(file: Path) -> Tensor:
     """Return a window moving right over the middle of a photo, uint8 ``[frames, 3, side, side]``."""
-    whole = read_frames(photo, 1, fps=1, size=(2 * SIDE, 2 * SIDE))[0]
+    whole = read_frames(file, 1, fps=1, size=(2 * SIDE, 2 * SIDE))[0]
     places = [round(SIDE * 0.6 * frame / (FRAMES - 1)) for frame in range(FRAMES)]
     return torch.stack([whole[:, SIDE // 4 : SIDE // 4 + SIDE, x : x + SIDE] for x in places])
 
 
 def make_clips(folder: Path) -> tuple[Path, list[Tensor]]:
     """Write the clips and the list that names them with their captions; return the list and the clips."""
-    try:
-        import skimage
-    except ImportError:
-        raise UserError("the demonstration takes its photos from scikit-image; pip install scikit-image") from None
     clips, lines = [], []
-    for number, (caption, photo) in enumerate(CLIPS.items()):
-        clips.append(pan(Path(skimage.__file__).parent / "data" / photo))
+    for number, (caption, name) in enumerate(CLIPS.items()):
+        clips.append(pan(photo(name)))
         write_video(folder / f"{number}.mp4", clips[-1], FPS)
         lines.append(json.dumps({"video": f"{number}.mp4", "caption": caption}))
     listed = folder / "clips.jsonl"
     listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
     console.print(f"{len(clips)} clips of {FRAMES} frames, {SIDE}x{SIDE}, in {folder}")
     return listed, clips
-
-
-def psnr(got: Tensor, want: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of uint8 frames in dB."""
-    error = (got.float() - want.float()).square().mean().item()
-    return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
 def demo(
@@ -97,7 +86,7 @@ def demo(
         best = opened.decode(opened.video(clip[None]))[0].cpu()
         sampled = read_frames(out, FRAMES, fps=FPS, size=(SIDE, SIDE))
         named = {"original": clip, "the VAE's\nreconstruction": best, "sample": sampled}
-        rows += [labelled(_larger(row), text) for text, row in named.items()]
+        rows += [labelled(larger(row), text) for text, row in named.items()]
         reached = psnr(sampled, best)
         console.print(f"{caption!r}: {reached:.1f} dB from the VAE's own reconstruction (bar: {BAR:.0f})")
         if reached < BAR:
@@ -107,21 +96,6 @@ def demo(
     console.print(f"original, the VAE's reconstruction and sample of each clip: {sheet}")
     console.print("The tiny VAE blurs: no sample can be sharper than its reconstruction.")
     console.print(f"\n[bold green]Done in {time.perf_counter() - begun:.0f} s.[/bold green] Everything is in {work}.")
-
-
-def labelled(row: Tensor, text: str) -> Tensor:
-    """Return frames uint8 ``[frames, 3, height, width]`` after one that says what they are."""
-    from PIL import Image, ImageDraw
-
-    _, _, height, width = row.shape
-    tile = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(tile).multiline_text((4, height / 2), text, fill="black")
-    pixels = torch.frombuffer(bytearray(tile.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return torch.cat((pixels.permute(2, 0, 1)[None], row))
-
-
-def _larger(clip: Tensor) -> Tensor:
-    return clip.repeat_interleave(3, -1).repeat_interleave(3, -2)
 
 
 if __name__ == "__main__":

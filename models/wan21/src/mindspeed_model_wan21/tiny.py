@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings, quiet
-from mindspeed_model_core.showcase import letters, settle
+from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings, quiet, signed
+from mindspeed_model_core.showcase import letters, settle, train_vae
 from mindspeed_model_core.tensorfile import write_json
-from torch import Tensor, nn
+from torch import Tensor
 
 from .encoders import Encoders
 
@@ -78,28 +76,8 @@ def train_tiny_vae(folder: str | Path, clips: Sequence[Tensor], steps: int = 200
     Afterwards the published statistics are replaced by those of these clips' latents, so that they are normalised.
     """
     encoders = Encoders(folder)
-    vae = encoders.vae.requires_grad_(True).train()
-    videos = [clip[None].transpose(1, 2).float() / 127.5 - 1 for clip in clips]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        video = videos[step % len(videos)]
-        z = vae.encode(video).latent_dist.mode()
-        # Noise keeps the latents from hiding detail in digits that a sampler cannot hit.
-        noise = torch.randn(z.shape, generator=generator) * 0.05
-        # Not clamped as decode() does: a saturated pixel would get no gradient.
-        error = (vae.decode(z + noise).sample - video).square().mean() + 1e-4 * z.square().mean()
-        optimizer.zero_grad()
-        error.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    vae.requires_grad_(False).eval()
-    with torch.no_grad():
-        latents = [vae.encode(video).latent_dist.mode()[0].flatten(1) for video in videos]
-        errors = [(vae.decode(vae.encode(v).latent_dist.mode()).sample - v).square().mean() for v in videos]
-    values = torch.cat(latents, 1)
+    vae = encoders.vae
+    quality, values = train_vae(vae, [signed(clip[None], encoders.device).transpose(1, 2) for clip in clips], steps)
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).clamp_min(1e-3).tolist())
     vae.save_pretrained(Path(folder) / "vae")
-    return -10 * math.log10(float(torch.stack(errors).mean()) / 4)
+    return quality

@@ -1,7 +1,7 @@
-"""The demonstration's contact sheet says what its rows are; the whole of it runs in ``nox -s demo``."""
+"""A contact sheet says what its rows are."""
 
 import torch
-from mindspeed_model_wan21.demo import labelled
+from mindspeed_model_core.showcase import labelled
 
 
 def test_a_row_begins_with_what_it_is() -> None:
