@@ -22,14 +22,22 @@ _SAMPLE = 64 * 2**10
 class FrozenParts:
     """A folder with a subfolder for each frozen part, of which a model's own class says what it computes with them.
 
-    ``needed`` are the subfolders that must be there. Nothing is downloaded. Raises UserError for a part that is missing
-    or cannot be read.
+    ``needed`` are the subfolders that must be there. What encodes text computes in ``text_dtype``, the others in
+    ``dtype``. Nothing is downloaded. Raises UserError for a part that is missing or cannot be read.
     """
 
     needed: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        text_dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.folder, self.device = Path(folder).expanduser(), torch.device(device)
+        self.text_dtype, self.dtype = text_dtype, dtype
         check_parts(self.folder, self.needed, "encoders=")
 
     def part(self, name: str) -> Path:

@@ -32,17 +32,6 @@ class Encoders(FrozenParts):
 
     needed = NEEDED
 
-    def __init__(
-        self,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        *,
-        text_dtype: torch.dtype = torch.bfloat16,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(folder, device)
-        self.text_dtype, self.dtype = text_dtype, dtype
-
     @cached_property
     def vae(self) -> Any:
         """Return diffusers' AutoencoderKLWan."""
