@@ -57,6 +57,12 @@ def rows() -> Iterator[Row]:
     yield Row("rms_norm_given", "32760x1536", lambda r: (r(*wan), wide(r(TOKENS, 1, 1)) ** 2, r(WIDTH), 1e-6))
     yield Row("swiglu", "4096x22016", lambda r: (r(LLAMA, 22016),))
     yield Row("rope", "4096x64x128", lambda r: (r(LLAMA, 64, 128), *tables(r, LLAMA)))
+    yield Row(
+        "rope_projected_",
+        "4096x96x128, 32 for k and v",
+        lambda r: (r(LLAMA, 96, 128), *tables(r, LLAMA), 32),
+        moved=LLAMA * 128 * 2 * 2 * (64 + 96),  # v is copied backward alone
+    )
     yield Row("rope_interleaved", "32760x12x128", lambda r: (r(TOKENS, 1, 12, 128), *tables(r, TOKENS)))
     yield Row("adaln", "32760x1536", lambda r: (r(*wan), learnt(r(1, WIDTH)), learnt(r(1, WIDTH)), 1e-6))
     yield Row("gated_add", "32760x1536", lambda r: (r(*wan), r(*wan), learnt(r(1, WIDTH))))
@@ -111,6 +117,12 @@ def rows() -> Iterator[Row]:
         "64 of 1024x1024, fp32",
         lambda r: (*([wide(r(1024, 1024)).abs() for _ in range(64)] for _ in range(4)), update),
         moved=64 * million * 4 * 7,
+    )
+    yield Row(
+        "adamw_",
+        "8 of 4096x11008, bf16",
+        lambda r: (*([r(LLAMA, 11008).detach().abs() for _ in range(8)] for _ in range(4)), update),
+        moved=8 * LLAMA * 11008 * 2 * 7,
     )
     yield Row(
         "ema_adamw_",

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import lora, ops
 from .model import Model
-from .parallel.apply import COMPUTE, MASTER, check, recomputed
+from .parallel.apply import COMPUTE, MASTER, absent, check, recomputed
 from .parallel.context import ContextParallel, ContextShared
 from .parallel.placement import placements
 from .parallel.tensor import TensorParallel
@@ -153,9 +153,9 @@ def _stages(net: Trunk, recipe: Recipe, world: int, activations: _Activations) -
 
 def _notes(recipe: Recipe, world: int, steps: int) -> Iterable[str]:
     yield (
-        "Parameters are counted exactly. Activations are what one block keeps for backward, times the blocks held and "
-        "the micro-batches in flight, with attention and norms as the fused kernels keep them and each sequence as one "
-        "document."
+        "Parameters are counted exactly. Activations are what one block of a kind keeps for backward, times the blocks "
+        "held and the micro-batches in flight, with attention and norms as the fused kernels keep them and each "
+        "sequence as one document."
     )
     left_out = "the device's runtime and communication buffers, short-lived temporaries, and memory lost to gaps"
     yield f"Not counted: {left_out}; leave 10-20 % free."
@@ -325,13 +325,20 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class _Block:
+    """Bytes that a block keeps for one micro-batch, and those of its attention's results among them."""
+
+    kept: int
+    attention: int
+
+
+@dataclass(frozen=True)
 class _Activations:
-    """Bytes for one micro-batch: each block's, its attention's results and its input's alone, what all blocks share,
-    the embedding's, the head's.
+    """Bytes for one micro-batch: of each block, of a block's input alone, what all blocks share, the embedding's, the
+    head's.
     """
 
-    blocks: tuple[int, ...]
-    attention: tuple[int, ...]
+    blocks: tuple[_Block, ...]
     entry: int
     shared: int
     first: int
@@ -352,22 +359,19 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         known = [*given.values(), *shared.values()]
         with Saved(known) as first:
             state = net.embed(batch, context)
-        # Blocks of one class are alike.
-        kinds: dict[type[nn.Module], tuple[int, int]] = {}
+        kinds: dict[type, _Block] = {}
         for index, block in enumerate(net.blocks.children()):
             if type(block) not in kinds:
-                state, before = _entering(state), fused.attention
-                with Saved(known) as kept:
+                state, fused.attention = _entering(state), 0
+                with Saved(known) as saved:
                     state = net.step(index, block, state, context)
-                kinds[type(block)] = kept.bytes, fused.attention - before
+                kinds[type(block)] = _Block(saved.bytes, fused.attention)
         state = _entering(state)
         with Saved(known) as last:
             net.finish(state, context)
     logits = max((t.numel() for t in last.tensors), default=0)
-    each = [kinds[type(block)] for block in net.blocks.children()]
     return _Activations(
-        blocks=tuple(kept for kept, _ in each),
-        attention=tuple(attention for _, attention in each),
+        blocks=tuple(kinds[type(block)] for block in net.blocks.children()),
         entry=sum(t.nbytes for t in state.values()),
         shared=sum(t.untyped_storage().nbytes() for t in shared.values()),
         first=first.bytes,
@@ -403,16 +407,16 @@ def _stage(
     per = len(net.blocks) // pp
     blocks = [list(block.parameters()) for block in list(net.blocks.children())[stage * per : (stage + 1) * per]]
     first, last = stage == 0, stage == pp - 1
-    absent = (() if first else net.first) + (() if last else net.last) + ("blocks",)
-    rest = [p for name, p in net.named_parameters() if name.split(".")[0] not in absent]
+    elsewhere = (*absent(net, first=first, last=last), "blocks")
+    rest = [p for name, p in net.named_parameters() if name.split(".")[0] not in elsewhere]
     again = recomputed(recipe.recompute, per)
     a = activations
-    of_blocks, of_attention = (each[stage * per : (stage + 1) * per] for each in (a.blocks, a.attention))
-    left = again * a.entry + (sum(of_attention[:again]) if recipe.recompute_keep == "attention" else 0)
-    kept = sum(of_blocks[again:]) + left + a.shared + (a.first if first else 0)
+    kinds = a.blocks[stage * per : (stage + 1) * per]
+    left = sum(a.entry + (kind.attention if recipe.recompute_keep == "attention" else 0) for kind in kinds[:again])
+    kept = sum(kind.kept for kind in kinds[again:]) + left + a.shared + (a.first if first else 0)
     memory = replace(
         _states(blocks, rest, recipe, replicas, spread),
-        activations=flight * kept + max(of_blocks[:again], default=0),
+        activations=flight * kept + max((kind.kept for kind in kinds[:again]), default=0),
         head=a.last if last else 0,
     )
     return memory

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from . import device as devices
 from .recipe import Section, optional
 
 STEPS = 1000
@@ -66,13 +67,11 @@ def add_noise(clean: Tensor, seeds: tuple[int, ...], config: FlowConfig) -> Nois
         places.append(_place(config.density, draw))
         noise.append(torch.randn(sample.shape, generator=draw))
     device = clean.device
-    drawn = torch.stack(noise).to(device)
+    drawn = devices.send(torch.stack(noise), device)
     clean = clean.to(drawn.dtype)
-    sigma = grid[places].float().to(device)
+    sigma, weight = (devices.send(each[places].float(), device) for each in (grid, weight))
     spread = sigma.view(-1, *(1,) * (clean.dim() - 1))
-    return Noised(
-        (1 - spread) * clean + spread * drawn, drawn - clean, STEPS * sigma, weight[places].float().to(device)
-    )
+    return Noised((1 - spread) * clean + spread * drawn, drawn - clean, STEPS * sigma, weight)
 
 
 def _place(density: str, draw: torch.Generator) -> int:

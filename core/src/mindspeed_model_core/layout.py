@@ -303,7 +303,8 @@ class Layout:
     the layout has beside ours; ``extras`` names files and ``parts`` folders copied along from where the weights came
     from. ``companions(config, origin)`` plans, before anything is written, what must be translated on the way, and
     returns what writes it into a folder, or None: nothing. ``complete`` writes what describes them all;
-    ``config_file`` is where the configuration is; ``shards`` gives the number of files; ``adapter`` is the form
+    ``config_file`` is where the configuration is; where that is in the files of tensors, ``files_for(config)`` makes
+    files that say it; ``shards`` gives the number of files; ``adapter`` is the form
     adapters of the layout's modules are published in, if there is one.
     """
 
@@ -323,6 +324,7 @@ class Layout:
     companions: Callable[[Any, Path], Callable[[Path], None] | None] = lambda config, origin: None
     complete: Callable[[Any, Path], None] = lambda config, folder: None
     config_file: str = "config.json"
+    files_for: Callable[[Any], Files] | None = None
     shards: Callable[[Any, int | None], int] = _one
     adapter: AdapterFormat | None = None
 

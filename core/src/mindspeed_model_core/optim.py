@@ -49,12 +49,13 @@ class AdamW:
         """Clip, update every master and parameter; return the gradient norm before clipping, on the device."""
         # No gradient is a gradient of zero: moments and decay are then the same under every layout.
         grads = {s.name: torch.zeros_like(s.master) if s.gradient is None else s.gradient for s in self.shards}
-        norm = self._clip(grads)
+        norm, clip = self._norm(grads), self.config.clip
+        divisor = None if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0)
         # A norm that is not finite leaves masters and moments as they were; the kernel decides, nobody waits.
         skip = norm.isfinite().logical_not_().float() if self.skips else None
         self.count += 1
         for shards, weight_decay in self.groups:
-            update = ops.Update(self.count, lr, self.config.betas, self.config.eps, weight_decay, skip)
+            update = ops.Update(self.count, lr, self.config.betas, self.config.eps, weight_decay, skip, divisor)
             self._update(shards, [grads[s.name] for s in shards], update)
         if skip is not None:
             self.count -= skip
@@ -73,8 +74,8 @@ class AdamW:
             averages = self.average.values()
             ops.ema_adamw_(*operands, [averages[s.name] for s in shards], update, self.average.decay)
 
-    def _clip(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Return the norm of the whole gradient, each element counted once over all processes; scale if too large."""
+    def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Return the norm of the whole gradient, each element counted once over all processes."""
         mesh = self.parallel.mesh
         wide = torch.float64 if self.parallel.compute == torch.float64 else torch.float32
         grads = [gradients[s.name] for s in self.shards if s.counted and s.master.numel()]
@@ -83,11 +84,7 @@ class AdamW:
             square = torch.stack([n.to(wide) for n in torch._foreach_norm(grads)]).square().sum()
         if mesh.groups:
             dist.all_reduce(square)
-        norm = square.sqrt()
-        if self.config.clip is not None and gradients:
-            factor = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(list(gradients.values()), factor)
-        return norm
+        return square.sqrt()
 
     @property
     def moved(self) -> int:
@@ -95,9 +92,9 @@ class AdamW:
         total = 0
         for shard in self.shards:
             count, width = shard.master.numel(), shard.master.element_size()
-            # The norm reads gradients, each once over all processes; clipping reads and writes them. The update reads
-            # gradient, master and two moments and writes the last three; an average it reads and writes.
-            total += count * width * (shard.counted + 2 * (self.config.clip is not None) + 7)
+            # The norm reads gradients, each once over all processes. The update reads gradient, master and two moments
+            # and writes the last three; an average it reads and writes.
+            total += count * width * (shard.counted + 7)
             if self.average is not None:
                 total += 2 * count * max(width, 4)
             if shard.master.dtype != shard.parameter.dtype:

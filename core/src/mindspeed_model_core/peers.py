@@ -289,16 +289,20 @@ def copy_weights(
     config = model.config(recipe)
     ours = weights.on_meta(model.build, config)
     chosen = model.layouts[0] if layout is None else weights.find_layout(model, layout)
-    bounds = chosen.table(config).bind({name: tuple(p.shape) for name, p in ours.named_parameters()})
+    table = chosen.table(config)
+    bounds = table.bind({name: tuple(p.shape) for name, p in ours.named_parameters()})
     # A parameter may have several names there, where weights are tied.
     theirs = dict(net.named_parameters(remove_duplicate=False))
     wanted = {part.name for bound in bounds.values() for part in bound.parts}
-    if odd := sorted(wanted ^ theirs.keys()):
+    if odd := sorted(name for name in wanted ^ theirs.keys() if not table.ignored(name)):
         raise ValueError(f"the peer's parameters are not those of layout {chosen.name!r}: {len(odd)}, first {odd[0]!r}")
     with torch.no_grad():
         for name, bound in bounds.items():
             for part, value in bound.split(_first(ours, name, bound.shape, recipe.seed, device)):
                 theirs[part].copy_(value)
+        for name, value in chosen.extra(config, torch.float32).items():
+            if name in theirs:  # what ours computes and theirs keeps
+                theirs[name].copy_(value)
     if recipe.lora is not None:
         _adapt(net, recipe, lora.attach(ours, recipe.lora), bounds, device)
 
@@ -455,9 +459,12 @@ def _in_turn(
     for side in sides:
         if side.said:
             continue
-        say(f"{side.name}, {side.settings}")
+        say(f"{side.name}, {side.settings} ...")
         with _noting(side):
             _time(side, model, device, steps, warmup)
+        # At once: who ends a long comparison before its end still has what was seen.
+        step, memory = statistics.median(side.seconds or [0.0]), side.peak_bytes / 2**30
+        say(f"  {side.said or f'{_duration(step)} a step, {memory:.1f} GiB'}")
         _free(device)
 
 
@@ -488,7 +495,7 @@ def _in_pairs(
             if not side.said:
                 with _noting(side):
                     held[place] = stack.enter_context(_open(side, model, device))
-        say(f"{len(held)} sides, step by step")
+        say(f"{len(held)} sides, step by step ...")
         for number in range(warmup + steps):
             order = sorted(held)
             for place in order if number % 2 else reversed(order):
@@ -761,7 +768,7 @@ def main(model: Model, comparisons: Sequence[Comparison], file: str) -> None:
                 modes=mode or (),
                 quick=quick,
                 files=[source],
-                say=lambda text: console.print(f"[dim]{text} ...[/]", highlight=False),
+                say=lambda text: console.print(f"[dim]{text}[/]", highlight=False),
             )
             console.print(table(report), highlight=False)
             for line in notes(report):

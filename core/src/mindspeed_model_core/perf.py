@@ -34,7 +34,7 @@ def stack() -> str:
     found = [f"torch {torch.__version__}"]
     if torch.version.cuda:
         found.append(f"cuda {torch.version.cuda}")
-    for name in ("torch-npu", "megatron-core"):
+    for name in ("torch-npu", "megatron-core", "flash-attn-4"):
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

@@ -414,9 +414,12 @@ class Safetensors:
 # ------------------------------------------------------------------------------------------------ torch zip files
 
 
-def open_pth(path: Path) -> dict[str, Slot]:
-    """Return every tensor's byte range in a file of ``torch.save``; nothing is unpickled but tensors and containers."""
-    file = File(path)
+def read_pth(path: Path) -> dict[str, Any]:
+    """Return what a file of ``torch.save`` maps names to; tensors say where they lie and hold no data.
+
+    Nothing is unpickled but tensors and containers; UserError for anything else.
+    """
+    File(path).close()
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated, or not a zip file of torch.save; download or copy it again")
     try:
@@ -427,6 +430,16 @@ def open_pth(path: Path) -> dict[str, Slot]:
         raise UserError(f"{path}: not a plain file of tensors: {type(error).__name__}: {reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a mapping of names to tensors")
+    return state
+
+
+def open_pth(path: Path, key: str | None = None) -> dict[str, Slot]:
+    """Return every tensor's byte range in a file of ``torch.save``, whose mapping may be below ``key``."""
+    state, file = read_pth(path), File(path)
+    if key is not None:
+        state = state.get(key)  # type: ignore[assignment]
+        if not isinstance(state, dict):
+            raise UserError(f"{path}: holds no mapping {key!r} of names to tensors")
     slots = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
@@ -444,16 +457,23 @@ def open_pth(path: Path) -> dict[str, Slot]:
     return slots
 
 
-def create_pth(path: Path, specs: Mapping[str, Spec]) -> tuple[File, dict[str, Slot]]:
-    """Lay out a file of ``torch.save`` that holds a mapping of names to tensors, its data still zeros."""
+def create_pth(
+    path: Path, specs: Mapping[str, Spec], key: str | None = None, beside: Mapping[str, Any] | None = None
+) -> tuple[File, dict[str, Slot]]:
+    """Lay out a file of ``torch.save`` that holds a mapping of names to tensors, its data still zeros.
+
+    With ``key`` the mapping is below it, next to the plain values ``beside``.
+    """
     with FakeTensorMode():
-        state = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+        state: dict[str, Any] = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    if key is not None:
+        state = {**(beside or {}), key: state}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         try:
             torch.save(state, path)
         except RuntimeError as error:  # how torch reports a failed write
             raise OSError(errno.EIO, " ".join(str(error).split())[:120]) from None
-    found = open_pth(path)
+    found = open_pth(path, key)
     file = File(path, write=True)
     return file, {name: Slot(file, slot.spec, slot.offset) for name, slot in found.items()}
 
@@ -536,9 +556,14 @@ class Consolidated:
 
 @dataclass(frozen=True)
 class TorchFile:
-    """A folder with one file of ``torch.save``, a mapping of names to tensors."""
+    """A folder with one file of ``torch.save``, a mapping of names to tensors.
+
+    With ``key`` the mapping is below it, next to the plain values ``beside``.
+    """
 
     name: str
+    key: str | None = None
+    beside: Mapping[str, Any] | None = None
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -547,11 +572,11 @@ class TorchFile:
 
     def open(self, folder: Path) -> Reader:
         """Read where the tensors lie; UserError if the file is missing or broken."""
-        return Reader({name: ([slot], 0) for name, slot in open_pth(folder / self.name).items()})
+        return Reader({name: ([slot], 0) for name, slot in open_pth(folder / self.name, self.key).items()})
 
     def create(self, folder: Path, specs: Mapping[str, Spec], *, shards: int = 1, shard_bytes: int = 0) -> Writer:
         """Lay out the file."""
-        file, slots = create_pth(folder / self.name, specs)
+        file, slots = create_pth(folder / self.name, specs, self.key, self.beside)
         return Writer([file], {name: ([slot], 0) for name, slot in slots.items()}, _seal_pth)
 
 

@@ -643,7 +643,7 @@ def _apart(drawn: Sequence[tuple[int, int]]) -> str:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {key: devices.send(value, device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _merge(into: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from .parallel.context import ContextParallel
 from .parallel.tensor import even_share
 from .recipe import NOTHING_TO_KEEP
 
+GRAPHS = 8
+"""How many kinds of batches have graphs of their own: what compiles anew each time takes longer than it saves."""
 Batch = dict[str, Any]
 State = dict[str, Tensor]
 Context = dict[str, Any]
@@ -45,26 +47,32 @@ class Trunk(nn.Module, ABC):
     """A network as embed, a list of alike blocks, finish: core recomputes, compiles, shards and cuts it by these names.
 
     ``blocks`` holds the repeated modules; ``first`` names the children only ``embed`` uses, ``last`` those only
-    ``finish`` uses. Everything that carries a gradient from block to block is in the State; what can be computed
-    from the batch alone is in the Context, made anew on every pipeline stage. ``compiles`` says that blocks take
-    nothing from a batch but tensors: numbers, as lengths of documents, would have each batch compile anew. ``streams``
-    says that tokens are of several kinds (text, image) with layers of their own, so that what a layer sees is not
-    always a run of all tokens. ``recompute`` is how many of the blocks held here run again in backward, but for their
-    attention if that is what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between tensor-parallel
-    regions, those of ``cp`` share them over whole blocks. ``noise`` is set where layers draw random numbers in
-    training.
+    ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything
+    that carries a gradient from block to block is in the State; what can be computed from the batch alone is in the
+    Context, made anew on every pipeline stage. ``compiles`` says that blocks may be compiled, ``compiled`` that they
+    are. ``streams`` says that tokens are of several kinds (text, image) with layers of their own, so that what a layer
+    sees is not always a run of all tokens. ``recompute`` is how many of the blocks held here run again in backward, but
+    for their attention if that is what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between
+    tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is set where layers draw random
+    numbers in training.
     """
 
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
     blocks: nn.ModuleList
     compiles: bool = False
+    compiled: bool = False
     streams: bool = False
     recompute: int = 0
     recompute_keep: str = "nothing"
     sequence_ranks: int = 1
     cp: ContextParallel | None = None
     noise: Noise | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._graphs: set[tuple[int, ...]] = set()
 
     @abstractmethod
     def context(self, batch: Batch) -> Context:
@@ -94,6 +102,20 @@ class Trunk(nn.Module, ABC):
     def initialise(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
         """Fill one whole parameter, given its name, with its random initial value."""
 
+    def constants(self, context: Context) -> tuple[int, ...] | None:
+        """Return the numbers of a batch that are constants of its blocks' graphs, as lengths of documents.
+
+        Of more than ``GRAPHS`` kinds the later ones run uncompiled, and always where it returns None.
+        """
+        return ()
+
+    def _has_graphs(self, context: Context) -> bool:
+        key = self.constants(context)
+        if key is None or (key not in self._graphs and len(self._graphs) >= GRAPHS):
+            return False
+        self._graphs.add(key)
+        return True
+
     @property
     def is_last(self) -> bool:
         """Whether this stage holds the head."""
@@ -101,7 +123,10 @@ class Trunk(nn.Module, ABC):
 
     def held(self, batch: Batch) -> int:
         """Return how many of a batch's tokens this process holds between tensor-parallel regions."""
-        tokens = self.tokens(batch)
+        return self.share(self.tokens(batch))
+
+    def share(self, tokens: int) -> int:
+        """Return how many of some tokens this process holds between tensor-parallel regions."""
         if self.cp is not None:
             tokens = self.cp.share(tokens)[1]
         return even_share(tokens, self.sequence_ranks)
@@ -115,6 +140,8 @@ class Trunk(nn.Module, ABC):
             drawn = (int(torch.randint(2**62, ())), self.tokens(batch))
             self.noise.seed, self.noise.tokens = drawn
             step = partial(self._step_with, drawn)
+        if self.compiled and not self._has_graphs(context):
+            step = partial(_uncompiled, step)
         if state is None:
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):
@@ -131,6 +158,15 @@ class Trunk(nn.Module, ABC):
         if self.noise is not None:
             self.noise.seed, self.noise.tokens = drawn
         return self.step(index, block, state, context)
+
+
+def _uncompiled(step: Callable[..., State], index: int, block: nn.Module, state: State, context: Context) -> State:
+    # Not by torch.compiler.set_stance: ops that are compiled one by one stay so.
+    held, block._compiled_call_impl = block._compiled_call_impl, None
+    try:
+        return step(index, block, state, context)
+    finally:
+        block._compiled_call_impl = held
 
 
 def _policy(keep: str) -> dict[str, Any]:

@@ -367,7 +367,7 @@ def save(
                     first = kind
                     specs = {p.name: Spec(kind, p.shape) for bound in bounds.values() for p in bound.parts}
                     extra = layout.extra(config, kind)
-                    writer = _create(folder, layout, specs, extra, count, shard_bytes)
+                    writer = _create(folder, layout, config, specs, extra, count, shard_bytes)
                 if kind != first:
                     raise ValueError(f"{name}: is {kind}, those before it {first}; say which with dtype=")
                 for theirs, part in bounds[name].split(cast(tensor.detach().cpu(), kind, name)):
@@ -446,7 +446,7 @@ def convert(
     extra = layout.extra(opened.config, common)
     total, done = sum(job.nbytes for job in jobs), 0
     with new_folder(Path(destination), overwrite, model.layouts, source=opened.path) as folder:
-        writer = _create(folder, layout, specs, extra, count, shard_bytes)
+        writer = _create(folder, layout, opened.config, specs, extra, count, shard_bytes)
         # A checkpoint's reader is not ours to call from several threads.
         pool = ThreadPoolExecutor(_WORKERS if opened.layout else 1)
         try:
@@ -496,14 +496,21 @@ class _Job:
 
 
 def _create(
-    folder: Path, layout: Layout, specs: Mapping[str, Spec], extra: Mapping[str, Tensor], shards: int, shard_bytes: int
+    folder: Path,
+    layout: Layout,
+    config: Any,
+    specs: Mapping[str, Spec],
+    extra: Mapping[str, Tensor],
+    shards: int,
+    shard_bytes: int,
 ) -> Writer:
     """Lay out the files, after seeing that the disk has room, and write the layout's extra tensors."""
     everything = {**specs, **{name: Spec(t.dtype, tuple(t.shape)) for name, t in extra.items()}}
     need, free = sum(spec.nbytes for spec in everything.values()), shutil.disk_usage(folder).free
     if need > free:
         raise OSError(errno.ENOSPC, f"{need / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
-    writer = layout.files.create(folder, everything, shards=shards, shard_bytes=shard_bytes)
+    files = layout.files if layout.files_for is None else layout.files_for(config)
+    writer = files.create(folder, everything, shards=shards, shard_bytes=shard_bytes)
     for name, tensor in extra.items():
         writer.write(name, tensor)
     return writer

@@ -4,6 +4,7 @@ import pytest
 import torch
 from mindspeed_model_core import device as devices
 from mindspeed_model_core import ops
+from mindspeed_model_core.ops.attention import _has_flash as flash
 from mindspeed_model_core.testing import op_cases
 from mindspeed_model_core.testing.op_cases.case import in_types
 from mindspeed_model_core.testing.recomputation import Counted
@@ -41,6 +42,7 @@ def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype):
         op_cases.CHECKS[name](devices.pick(), dtype, BOUND[dtype])
 
 
+@pytest.mark.skipif(flash(), reason="flash-attn-4 is installed, and serves this GPU")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN is CUDA's")
 def test_pytorch_takes_cudnn_where_it_is_best():
     """Nearly twice as fast as the flash backend on Hopper, and PyTorch's first choice from cuDNN 9.15.1 on."""
@@ -53,3 +55,25 @@ def test_pytorch_takes_cudnn_where_it_is_best():
         ops.attention(q, q, q, (512,), causal=False)
         ops.full_attention(q[:, None], q[:, None], q[:, None])
     assert counted.calls == 3 * ["aten::_scaled_dot_product_cudnn_attention"]
+
+
+@pytest.mark.skipif(not flash(), reason="needs flash-attn-4 and a Hopper")
+@pytest.mark.parametrize("lengths", [(512, 512), (1, 300, 7, 716)])
+@pytest.mark.parametrize("window", [None, (64, 0)])
+def test_flash_attention_4_serves_a_hopper_within_a_compiled_block_too(lengths, window):
+    def block(x, lengths):
+        q, k, v = (x * 2).split((8, 2, 2), 1)
+        out = ops.attention(q, k, v, lengths, window=window)
+        return out + ops.full_attention(*(y[:, None] for y in (q, k, v)))[:, 0]
+
+    torch.manual_seed(0)
+    x = torch.randn(1024, 12, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with Counted() as counted:
+        plain = block(x, lengths)
+    assert counted.calls == 2 * ["mindspeed_model::flash_attention"]
+    whole = torch.compile(block, fullgraph=True)(x, lengths)
+    want = block(x.detach().cpu().double().requires_grad_(), lengths)
+    for out in (plain, whole):
+        assert_close({"out": out.detach().cpu().double()}, {"out": want.detach()}, BOUND[x.dtype])
+    one, two = (torch.autograd.grad(out.sum(), x)[0].cpu().double() for out in (plain, whole))
+    assert_close({"gradient": two}, {"gradient": one}, BOUND[x.dtype])

@@ -196,3 +196,44 @@ def test_each_element_is_written_once_and_by_all_in_turn(fields):
         written[name] += torch.Size(size).numel()
     assert written == whole
     assert all(shares) and not set.intersection(*shares)
+
+
+class Tied(toy.Toy):
+    """The table is the head too."""
+
+    first, last, tied = (), ("norm",), ("table",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table, self.norm = layers.TiedVocab(12, config.width), layers.RMSNorm(config.width, 1e-6)
+        del self.head
+
+    def finish(self, state, context):
+        return self.table.head(self.norm(state["x"]), context["labels"])
+
+
+TIED = {
+    "pp2": (2, {"pp": 2}),
+    "pp4": (4, {"pp": 4}),
+    "tp2-sequence-pp2-dp2-zero3": LAYOUTS["tp2-sequence-pp2-dp2-zero3"],
+    "pp2-dp2-zero2": (4, {"pp": 2, "shard": "zero2"}),
+    "tp2-pp2-dp2": (8, {"tp": 2, "pp": 2}),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_table_that_both_ends_use_equals_one_process(name):
+    assert_equivalent(Job(lambda: Tied(toy.ToyConfig()), JOB.task, JOB.batches), *TIED[name], FP64)
+
+
+def _held(layout):
+    mesh = open_mesh(ParallelConfig(**layout), torch.device("cpu"))
+    with torch.device("meta"):
+        net = Tied(toy.ToyConfig())
+    table = apply.parallelize(net, mesh, ParallelConfig(**layout)).shards.get("table.weight")
+    return None if table is None else (table.tied, table.counted, table.writes)
+
+
+def test_one_of_both_ends_counts_and_writes_what_is_tied():
+    """The middle stages do without."""
+    assert run_dist(_held, 4, {"pp": 4}) == [(True, True, True), None, None, (True, False, False)]

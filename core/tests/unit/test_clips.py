@@ -10,7 +10,7 @@ import pytest
 import torch
 from mindspeed_model_core.data import SlotLoader
 from mindspeed_model_core.data.clips import Clips, PictureData, drops_text, open_reader
-from mindspeed_model_core.data.media import read_frames, read_list
+from mindspeed_model_core.data.media import read_frames, read_list, read_rows
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe, validate
 from mindspeed_model_core.testing.clips import drawn, equal, write_clips
@@ -175,6 +175,17 @@ def test_a_file_that_turns_bad_is_replaced_by_the_next_of_its_bucket(tmp_path: P
     (tmp_path / "part-0" / "clip.mp4").symlink_to("clip.mp4")
     with pytest.raises(UserError, match="clips.jsonl:1: .*part-0/clip.mp4: cannot be opened"):
         captions(lenient, 4)
+
+
+def test_lists_with_tabs_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    listed = tmp_path / "list.tsv"
+    listed.write_text('path\tsentence\na.mp3\tsay "hi\tthere\n', encoding="utf-8")
+    with pytest.raises(UserError, match="list.tsv:2: 3 values for 2 columns"):
+        list(read_rows(listed, tabs=True))
+    listed.write_text('path\tsentence\na.mp3\tsay "hi\n', encoding="utf-8")
+    assert list(read_rows(listed, tabs=True)) == [(2, f"{listed}:2", {"path": "a.mp3", "sentence": 'say "hi'})]
+    with pytest.raises(UserError, match=r"a list of clips is a \.jsonl or \.csv file, not \.tsv"):
+        list(read_rows(listed))
 
 
 def test_csv_lists_with_other_column_names(clips: Path) -> None:

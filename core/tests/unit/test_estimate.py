@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,26 @@ def test_plain_formulas_are_estimated_as_such() -> None:
     """Attention then keeps its probabilities."""
     probabilities = 4 * 2 * C.heads * 16 * 16
     assert plan(optimization_level=0).memory.activations >= plan().memory.activations + C.layers * probabilities
+
+
+def test_each_kind_of_block_is_measured() -> None:
+    """Of blocks twice as wide inside, the second stage holds two, the first none."""
+
+    class Wide(toy.Block):
+        pass
+
+    def build(config: toy.ToyConfig) -> toy.Toy:
+        net = toy.Toy(config)
+        with torch.device("meta"):
+            for number in (2, 3):
+                net.blocks[number] = Wide(toy.ToyConfig(hidden=2 * config.hidden))
+        return net
+
+    def kept(model: Any, **changes: Any) -> int:
+        return estimate(toy.recipe(micro_batch=1, **changes), model, 1).memory.activations
+
+    mixed = replace(toy.TOY, build=build)
+    wide = replace(toy.TOY, build=lambda config: toy.Toy(toy.ToyConfig(hidden=2 * config.hidden)))
+    assert 2 * kept(mixed) == kept(toy.TOY) + kept(wide)
+    # Of the blocks that run again, the largest is there whole.
+    assert kept(mixed, recompute="all") == kept(wide, recompute="all")

@@ -127,17 +127,17 @@ def test_a_level_ends_with_its_context_and_reaches_backward(double) -> None:
 
 
 def test_the_environment_asks_for_the_reference(double, monkeypatch) -> None:
-    table._forced.cache_clear()
+    table._reference = None
     monkeypatch.setenv(table.VARIABLE, "reference")
     try:
         assert ops.level() == 0 and double(torch.ones(1, 1)) == 2
-        table._forced.cache_clear()
+        table._reference = None
         monkeypatch.setenv(table.VARIABLE, "fused")
         with pytest.raises(UserError, match="MINDSPEED_MODEL_OPS='fused': is reference, or not set"):
             ops.level()
     finally:
         monkeypatch.undo()
-        table._forced.cache_clear()
+        table._reference = None
 
 
 def test_a_width_that_changes_gets_a_graph_of_its_own(monkeypatch) -> None:

@@ -40,7 +40,7 @@ TABLE = Table(
     Row("blocks.*.side.bias", "layers.*.side.bias"),
     Row("head.weight", "head.weight"),
 )
-HUB: Any = SimpleNamespace(name="hub", table=lambda config: TABLE)
+HUB: Any = SimpleNamespace(name="hub", table=lambda config: TABLE, extra=lambda config, dtype: {})
 MODEL = replace(toy.TOY, package="toy_zoo", layouts=(HUB,))
 BATCH = 8
 

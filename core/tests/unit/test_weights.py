@@ -232,6 +232,23 @@ def test_pth_is_a_file_torch_and_unzip_accept(tmp_path: Path) -> None:
     assert torch.equal(back["view"].read(), torch.arange(4.0, 7.0))
 
 
+def test_pth_may_hold_its_tensors_below_a_key(tmp_path: Path) -> None:
+    want, sizes = assorted(), {"rows": 3, "name": "x"}
+    files = tensorfile.TorchFile("x.pt", "state", {"sizes": sizes})
+    writer = files.create(tmp_path, {n: Spec(t.dtype, tuple(t.shape)) for n, t in want.items()})
+    for name, tensor in want.items():
+        writer.write(name, tensor)
+    writer.finish()
+    got = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert got["sizes"] == sizes == tensorfile.read_pth(tmp_path / "x.pt")["sizes"]
+    back = files.open(tmp_path)
+    assert all(torch.equal(got["state"][n], t) and torch.equal(back.read(n), t) for n, t in want.items())
+    sound(tmp_path / "x.pt")
+    torch.save({"state": 3}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt: holds no mapping 'state' of names to tensors"):
+        files.open(tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(40, 9), (9, 4, 5)])
 def test_slices_equal_the_whole_narrowed(tmp_path: Path, shape: tuple[int, ...], monkeypatch: Any) -> None:
     monkeypatch.setattr(tensorfile, "_BLOCK", 100)

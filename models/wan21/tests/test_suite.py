@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import lora
-from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent, trace
 from mindspeed_model_core.testing.recomputation import Counted
-from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.testing.suite import COMPILED, ModelSuite
 from mindspeed_model_core.testing.tolerance import FP64, assert_close
 from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_wan21 import MODEL
@@ -33,12 +32,6 @@ CONTEXT = {
     "tp2-cp2": (4, {"tp": 2, "cp": 2}),
     "cp2-dp2-zero3": (4, {"cp": 2, "shard": "zero3"}),
     "tp2-cp2-pp2": (8, {"tp": 2, "cp": 2, "pp": 2}),
-}
-COMPILED = {
-    "one-recomputed": (1, {}, "all"),
-    "dp2-zero3": (2, {"shard": "zero3"}, "none"),
-    "pp2": (2, {"pp": 2}, "none"),
-    "cp2": (2, {"cp": 2}, "none"),
 }
 
 
@@ -116,6 +109,7 @@ class Wan21Suite(ModelSuite):
 
 class TestTextToVideo(Wan21Suite):
     preset = "tiny-t2v"
+    compiled = {**COMPILED, "cp2": (2, {"cp": 2}, "none")}
 
     @pytest.mark.dist
     @pytest.mark.parametrize("spread", CONTEXT)
@@ -124,22 +118,8 @@ class TestTextToVideo(Wan21Suite):
         job = self.job(batches=lambda step: [self.batch(self.config(), 8 * step + i, ODD) for i in range(8)])
         assert_equivalent(job, *CONTEXT[spread], FP64)
 
-    @pytest.mark.dist
-    @pytest.mark.parametrize("spread", COMPILED)
-    def test_compiled_blocks_equal_plain_ones(self, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The graphs, run as they are: what makes kernels of them is PyTorch's."""
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
-        monkeypatch.setattr(apply, "BACKEND", "aot_eager")
-        world, fields, recompute = COMPILED[spread]
-        job = self.job(
-            # Tokens change from step to step.
-            batches=lambda step: [self.batch(self.config(), 8 * step + i, (ODD, EVEN)[step]) for i in range(8)],
-            steps=2,
-            recompute=recompute,
-            compile=True,
-        )
-        with torch._dynamo.config.patch(disable=False):
-            assert_equivalent(job, world, fields, FP64)
+    def compiled_batches(self, step: int) -> list[Batch]:
+        return [self.batch(self.config(), 8 * step + i, (ODD, EVEN)[step]) for i in range(8)]
 
     @pytest.mark.dist
     @pytest.mark.parametrize("shard", ["none", "zero2"])
@@ -200,6 +180,7 @@ class TestTextToVideo(Wan21Suite):
 
 
 class TestImageToVideo(Wan21Suite):
+    compiled = {"dp2-zero3": COMPILED["dp2-zero3"]}
     preset = "tiny-i2v"
     variants = ({}, {"pos_embed_seq_len": 10})
     layouts = {

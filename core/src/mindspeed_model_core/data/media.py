@@ -117,35 +117,46 @@ def read_list(path: str | Path, *, references: bool = False) -> list[Item]:
     more or fewer values than columns.
     """
     path = Path(path).expanduser()
+    return [
+        Item(
+            line,
+            path.parent / written,
+            column(where, row, _CAPTIONS),
+            written,
+            where,
+            path.parent / column(where, row, _REFERENCES) if references else None,
+        )
+        for line, where, row in read_rows(path)
+        for written in (column(where, row, _FILES),)
+    ]
+
+
+def read_rows(path: Path, *, tabs: bool = False) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield the number, the place to name in messages and the values of each line of a .jsonl or .csv list.
+
+    With ``tabs`` also of a .tsv one, in which quotes are text. Raises UserError for a list that is none or empty.
+    """
+    kinds = (".jsonl", ".csv", ".tsv") if tabs else (".jsonl", ".csv")
+    known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; a list of clips is a .jsonl or .csv file")
-    if path.suffix not in (".csv", ".jsonl"):
-        raise UserError(f"{path}: a list of clips is a .jsonl or .csv file, not {path.suffix or 'a nameless one'}")
+        raise UserError(f"{path}: is a folder; a list of clips is a {known} file")
+    if path.suffix not in kinds:
+        raise UserError(f"{path}: a list of clips is a {known} file, not {path.suffix or 'a nameless one'}")
     check_file(path)
+    line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            items = [
-                Item(
-                    line,
-                    path.parent / written,
-                    _column(where, row, _CAPTIONS),
-                    written,
-                    where,
-                    path.parent / _column(where, row, _REFERENCES) if references else None,
-                )
-                for line, row in (_csv(file, path) if path.suffix == ".csv" else _jsonl(file, path))
-                for where in (f"{path}:{line}",)
-                for written in (_column(where, row, _FILES),)
-            ]
+            for line, row in _jsonl(file, path) if path.suffix == ".jsonl" else _csv(file, path):
+                yield line, f"{path}:{line}", row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
-    if not items:
+    if not line:
         raise UserError(f"{path}: lists no clip")
-    return items
 
 
 def _csv(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(file)
+    tabs = path.suffix == ".tsv"
+    rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file)
     try:
         columns = next(rows, [])
         for values in rows:
@@ -175,7 +186,8 @@ def _jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, row
 
 
-def _column(where: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
+def column(where: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the text that a line of a list has under one of ``names``; UserError for none, or two that differ."""
     given = {name: row[name] for name in names if name in row}
     given = {name: value for name, value in given.items() if value is not None} or given
     for name, value in given.items():

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError, nearest
 
@@ -50,6 +51,17 @@ def _present(kind: str) -> bool:
 
         return npu.available()
     return kind == "cpu" or torch.cuda.is_available()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on the device, sent behind what is queued there.
+
+    It is sent from a copy in memory that stays in place, pinned; from elsewhere the host would wait for the queue.
+    """
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # What is pinned keeps its strides, and one that repeats elements could not be written.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def module(device: torch.device) -> ModuleType:

@@ -12,7 +12,7 @@ from .diffusion import (
     WholeAttention,
     sinusoids,
 )
-from .embedding import Embedding, VocabHead
+from .embedding import Embedding, TiedVocab, VocabHead
 from .linear import Linear
 from .mlp import FeedForward, SwiGLU
 from .norm import HeadNorm, LayerNorm, RMSNorm
@@ -32,6 +32,7 @@ __all__ = [
     "RMSNorm",
     "SelfAttention",
     "SwiGLU",
+    "TiedVocab",
     "TimeEmbedding",
     "VectorModulation",
     "VocabHead",

@@ -64,8 +64,7 @@ class Attention(nn.Module):
         """Map ``[tokens, width]`` to the same shape; ``cache`` is a KVCache and this block's number in it."""
         mixed = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         kv = mixed.shape[1] // (self.ratio + 2)
-        turned, v = mixed.split((mixed.shape[1] - kv, kv), 1)
-        q, k = ops.rope(turned, *tables).split((self.ratio * kv, kv), 1)
+        q, k, v = ops.rope_projected_(mixed, *tables, kv)
         y = ops.attention(q, k, v, lengths) if cache is None else _attend_cached(q, k, v, *cache)
         return self.out(y.flatten(1))
 

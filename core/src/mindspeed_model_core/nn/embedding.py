@@ -26,6 +26,14 @@ class Embedding(nn.Embedding):
         return self.tp.embed(tokens, self.weight)
 
 
+class TiedVocab(Embedding):
+    """A table of vectors that is also the last projection (Press and Wolf 2017, arXiv:1608.05859)."""
+
+    def head(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return ``[tokens, vocab]`` logits, or the sum of the tokens' losses, in fp32 or wider."""
+        return _predict(x, self.weight, labels, self.tp)
+
+
 class VocabHead(nn.Module):
     """The last projection: logits without labels, the sum of the tokens' negative log-likelihoods with them."""
 
@@ -41,10 +49,13 @@ class VocabHead(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return ``[tokens, vocab]`` logits, or the sum of the tokens' losses, in fp32 or wider."""
-        if self.tp is None:
-            return ops.linear(x, self.weight) if labels is None else ops.linear_cross_entropy(x, self.weight, labels)
-        logits = self.tp.column(x, self.weight, None, self.tp.sequence)
-        if labels is None:
-            return self.tp.gather(logits)
-        start = self.tp.rank * self.weight.shape[0]
-        return ops.cross_entropy(logits, labels, start=start, group=self.tp.group).sum()
+        return _predict(x, self.weight, labels, self.tp)
+
+
+def _predict(x: Tensor, weight: Tensor, labels: Tensor | None, tp: TensorParallel | None) -> Tensor:
+    if tp is None:
+        return ops.linear(x, weight) if labels is None else ops.linear_cross_entropy(x, weight, labels)
+    logits = tp.column(x, weight, None, tp.sequence)
+    if labels is None:
+        return tp.gather(logits)
+    return ops.cross_entropy(logits, labels, start=tp.rank * weight.shape[0], group=tp.group).sum()

@@ -9,7 +9,7 @@ from .linear import Sum, accumulate_gradient, accumulate_product_, linear
 from .loss import cross_entropy, linear_cross_entropy
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .ring import attention_backward, attention_with_lse, merge_attention
-from .rope import grid_rope_tables, rope, rope_interleaved, rope_tables
+from .rope import grid_rope_tables, rope, rope_interleaved, rope_projected_, rope_tables
 from .swiglu import swiglu
 from .table import TABLE, Entry, Op, at_level, level, op
 
@@ -51,6 +51,7 @@ __all__ = [
     "rms_norm_given",
     "rope",
     "rope_interleaved",
+    "rope_projected_",
     "rope_tables",
     "sum_of_squares",
     "swiglu",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .table import FLOATS, op
+from .table import FLOATS, eager_triton, op
 
 Tensors = list[Tensor]
 
@@ -17,7 +17,7 @@ class Update:
     """Which update it is, and what of.
 
     ``step`` counts the updates, this one among them: a tensor without dims on the device. Where ``skip``, another, is
-    1, weights and moments stay as they are.
+    1, weights and moments stay as they are. Gradients count as divided by ``divisor``, one more, and may be left so.
     """
 
     step: Tensor
@@ -26,6 +26,7 @@ class Update:
     eps: float
     weight_decay: float
     skip: Tensor | None = None
+    divisor: Tensor | None = None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ def adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, 
     (low, high), step = update.betas, update.step.double()  # in fp32 a power near 1 loses its distance to it
     for weight, grad, first, second in zip(weights, grads, firsts, seconds, strict=True):
         w, g, m, v = (_wide(x) for x in (weight, grad, first, second))
+        g = g if update.divisor is None else g / update.divisor.to(g.dtype)
         m, v = low * m + (1 - low) * g, high * v + (1 - high) * g * g
         mean, square = m / (1 - low**step).to(m.dtype), v / (1 - high**step).to(v.dtype)
         w = w - update.lr * (mean / (square.sqrt() + update.eps) + update.weight_decay * w)
@@ -61,13 +63,53 @@ def _npu_takes(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tenso
 
 @torch.no_grad()
 def _torch_adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> None:
-    (low, high), steps = update.betas, [update.step] * len(weights)
+    (low, high), steps, divisor = update.betas, [update.step] * len(weights), update.divisor
+    if divisor is not None and not _divides(grads):
+        torch._foreach_mul_(grads, 1 / divisor)
+        divisor = None
     torch._fused_adamw_(
         weights, grads, firsts, seconds, [], steps, lr=update.lr, beta1=low, beta2=high, eps=update.eps,
-        weight_decay=update.weight_decay, amsgrad=False, maximize=False, found_inf=update.skip,
+        weight_decay=update.weight_decay, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=update.skip,
     )  # fmt: skip
 
 
+def _divides(grads: Tensors) -> bool:
+    """Whether the kernel divides gradients itself; elsewhere it would by a number rounded to fp32, or is not known."""
+    return grads[0].device.type == "cuda" and grads[0].dtype != torch.float64
+
+
+SMALL = 2**23
+"""Elements below which PyTorch's kernel for many tensors at once beats one for each: 80 % of the copy rate for 64 of
+2^20 on an H200, beside 61; of 2^25 it is 66, beside 99."""
+
+
+@torch.no_grad()
+def _triton_adamw_(weights: Tensors, grads: Tensors, firsts: Tensors, seconds: Tensors, update: Update) -> None:
+    from . import kernels
+
+    (low, high), step = update.betas, update.step.double()
+    no = torch.zeros((), device=step.device)
+    given = [no + 1 if update.divisor is None else update.divisor, no if update.skip is None else update.skip]
+    told = torch.stack([t.float() for t in (1 - low**step, 1 - high**step, *given)])
+    small = []
+    for operands in zip(weights, grads, firsts, seconds, strict=True):
+        if operands[0].numel() < SMALL or not all(t.is_contiguous() for t in operands):
+            small.append(operands)
+            continue
+        kernels.adamw_(
+            *operands, told, lr=update.lr, betas=update.betas, eps=update.eps, weight_decay=update.weight_decay
+        )
+    if small:
+        w, g, m, v = (list(some) for some in zip(*small, strict=True))
+        _torch_adamw_(w, g, m, v, update)
+
+
+adamw_.on(
+    "cuda",
+    "triton _fused_adamw_",
+    when="fp16, bf16, fp32, all of one type",
+    takes=lambda weights, grads, firsts, seconds, update: eager_triton(*weights, *grads, *firsts, *seconds),
+)(_triton_adamw_)
 for _kind in ("cuda", "cpu"):
     adamw_.on(_kind, "_fused_adamw_", when="all of one type", takes=_fused_takes)(_torch_adamw_)
 # Not npu_apply_adam_w: it is given its numbers in the gradient's type, and in bf16 a beta of 0.999 is 1.

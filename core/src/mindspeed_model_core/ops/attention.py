@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import device as devices
 from .table import FLOATS, op
 
 Band = tuple[int, int]
@@ -23,13 +25,16 @@ ATTENTION = frozenset(
         "aten::_scaled_dot_product_flash_attention_for_cpu aten::_scaled_dot_product_flash_attention "
         "aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_cudnn_attention "
         "aten::_scaled_dot_product_fused_attention_overrideable aten::_flash_attention_forward "
-        "torch_attn::_varlen_attn npu::npu_fusion_attention npu::npu_fusion_attention_v2 npu::npu_fusion_attention_v3"
+        "torch_attn::_varlen_attn mindspeed_model::flash_attention "
+        "npu::npu_fusion_attention npu::npu_fusion_attention_v2 npu::npu_fusion_attention_v3"
     ).split()
 )
 """The operators, as the dispatcher names them, one of which serves attention wherever it is fused."""
 ALL, CAUSAL = (-1, -1), (-1, 0)
 HALF = (torch.float16, torch.bfloat16)
 _EVERY = 2**31 - 1
+KEYS = 1024
+"""Fewest keys for FlashAttention-4: to those of a text cuDNN is as fast, 1.78 ms beside 1.81 on an H200."""
 
 
 @op
@@ -126,6 +131,157 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> A
     return zip(*(x.split(_documents(lengths)) for x in (q, k, v)), strict=True)
 
 
+# --- FlashAttention-4, where it is installed: on Hopper it is FlashAttention-3's algorithm (Shah et al. 2024,
+# arXiv:2407.08608), compiled when first called. As it comes it is an autograd.Function; here it is an operator, which
+# compiled blocks take as it is and whose result can be kept by its name.
+
+
+@functools.cache
+def _flash() -> Any:
+    """Return FlashAttention-4; None where it is not installed, and on devices on which it was not measured.
+
+    Importing it takes seconds.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        from flash_attn.cute import interface
+    except ImportError:
+        return None
+    warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted", UserWarning)  # of its own compiler
+    return interface
+
+
+@torch.compiler.assume_constant_result
+def _has_flash() -> bool:
+    return _flash() is not None
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether FlashAttention-4 takes q, k and v ``[..., heads, width]``, forward and backward."""
+    fits = q.dtype in HALF and q.dtype == k.dtype == v.dtype and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and min(*q.shape, *k.shape) > 0 and _has_flash()
+
+
+@torch.library.custom_op(
+    "mindspeed_model::flash_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? ends, SymInt longest, int before, int after) -> (Tensor, Tensor)",
+)
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, before: int, after: int
+) -> tuple[Tensor, Tensor]:
+    """Return attention by FlashAttention-4, and the logarithm of each softmax's denominator, in fp32.
+
+    Operands are ``[batch, tokens, heads, width]``; with ``ends``, where documents end after a first 0, in int32, they
+    are ``[tokens, heads, width]`` and ``longest`` is the most tokens of a document. -1 ``before`` or ``after`` is all.
+    """
+    return _flash()._flash_attn_fwd(q, k, v, return_lse=True, **_flash_options(ends, longest, before, after))[:2]  # type: ignore[no-any-return]
+
+
+@flash_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, before: int, after: int
+) -> tuple[Tensor, Tensor]:
+    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "mindspeed_model::flash_attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? ends, SymInt longest, int before, "
+        "int after) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ends: Tensor | None,
+    longest: int,
+    before: int,
+    after: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = {f"d{name}": x.new_empty(x.shape) for name, x in (("q", q), ("k", k), ("v", v))}
+    how = _flash_options(ends, longest, before, after)
+    same = torch.are_deterministic_algorithms_enabled()
+    return _flash()._flash_attn_bwd(q, k, v, out, grad, lse, deterministic=same, **made, **how)  # type: ignore[no-any-return]
+
+
+@_flash_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ends: Tensor | None,
+    longest: int,
+    before: int,
+    after: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _flash_options(ends: Tensor | None, longest: int, before: int, after: int) -> dict[str, Any]:
+    causal = (before, after) == CAUSAL
+    left, right = (None if reach < 0 or causal else reach for reach in (before, after))
+    how: dict[str, Any] = {"causal": causal, "window_size_left": left, "window_size_right": right}
+    if ends is not None:
+        how |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return how
+
+
+def _flash_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ends, *ctx.how = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, ends)
+
+
+def _flash_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_flash_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
+flash_attention.register_autograd(_flash_gradients, setup_context=_flash_keep)
+
+
+@attention.on(
+    "cuda",
+    "flash_attn.cute",
+    when="Hopper, with flash-attn-4 installed; fp16, bf16; width a multiple of 8 to 256",
+    takes=lambda q, k, v, lengths, **_: _flash_takes(q, k, v),
+)
+def _flash_documents(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
+) -> Tensor:
+    band, lengths = _band(causal, window), _documents(lengths)
+    if not _alike(lengths):
+        return flash_attention(q, k, v, _ends(lengths, q.device), max(lengths), *band)[0]
+    a, b, c = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q, k, v))
+    return flash_attention(a, b, c, None, 0, *band)[0].flatten(0, 1)
+
+
+@full_attention.on(
+    "cuda",
+    "flash_attn.cute",
+    when=f"Hopper, with flash-attn-4 installed; fp16, bf16; width a multiple of 8 to 256; {KEYS} keys or more",
+    takes=lambda q, k, v: len(k) >= KEYS and _flash_takes(q, k, v),
+)
+def _flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flash_attention(*(x.transpose(0, 1) for x in (q, k, v)), None, 0, *ALL)[0].transpose(0, 1)
+
+
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return where documents end, after a first 0, as kernels for packed documents take it."""
+    return devices.send(torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
+
+
 # --- PyTorch's scaled_dot_product_attention. On Hopper and datacentre Blackwell PyTorch takes cuDNN first from the
 # version on (9.15.1, in its wheels since 2.11) that is right for every length; asking for it elsewhere would override
 # that judgement, and asking for it there would cost a context per call.
@@ -162,7 +318,7 @@ def _packed(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, causal: bool = True, window: Band | None = None
 ) -> Tensor:
     lengths = _documents(lengths)
-    ends = torch.tensor((0, *lengths)).cumsum(0).to(device=q.device, dtype=torch.int32, non_blocking=True)
+    ends = _ends(lengths, q.device)
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)

@@ -15,7 +15,7 @@ from .linear import linear as project
 from .table import FLOATS, compiled, op
 
 IGNORE = -100
-AT_ONCE = {"cpu": 2**20, "cuda": 2**26, "npu": 2**26, "meta": 2**26}
+AT_ONCE = {"cpu": 2**20, "cuda": 2**28, "npu": 2**26, "meta": 2**28}
 """How many logits are made at a time, by kind of device: on a CPU what caches hold, elsewhere what fills the device."""
 _WHEN = "more logits than are made at a time, twice"
 

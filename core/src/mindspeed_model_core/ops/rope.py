@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .table import FLOATS, op
+from .table import FLOATS, compiled, eager_triton, op
 
 Tables = tuple[Tensor, Tensor]
 
@@ -139,3 +140,59 @@ def _as_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 rope.compiled_on("cuda")
 rope_interleaved.compiled_on("cuda")
+
+
+@op
+def rope_projected_(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v of a joint projection, q and k turned as by ``rope``.
+
+    ``x [tokens, heads + 2 * kv_heads, dim]`` holds their heads in this order and is given up: it may be overwritten.
+    The tables are ``[tokens, dim]``.
+    """
+    turned, v = x.split((x.shape[1] - kv_heads, kv_heads), 1)
+    q, k = rope(turned, cos, sin).split((turned.shape[1] - kv_heads, kv_heads), 1)
+    return q, k, v
+
+
+class _InPlace(torch.autograd.Function):
+    """Turns q and k where they lie; backward writes the three gradients into one, turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+        from . import kernels
+
+        q, k, v = x.detach().split((x.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+        kernels.turn([q, k], cos, sin, x)
+        ctx.save_for_backward(cos, sin)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from . import kernels
+
+        tokens, _, dim = grads[0].shape
+        out = grads[0].new_empty(tokens, sum(g.shape[1] for g in grads), dim)
+        # Heads that lie in one piece may come in any order of tokens.
+        whole = [g if g.stride()[1:] == (dim, 1) else g.contiguous() for g in grads]
+        cos, sin = ctx.saved_tensors
+        kernels.turn(whole, cos, sin, out, back=True)
+        return out, None, None, None
+
+
+def _turns_in_place(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> bool:
+    dim, constant = x.shape[-1], not (cos.requires_grad or sin.requires_grad)
+    tables = constant and cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+    whole = cos.shape == sin.shape == (len(x), dim) and x.stride()[1:] == (dim, 1)
+    return tables and whole and x.numel() > 0 and dim > 1 and dim & (dim - 1) == 0 and eager_triton(x)
+
+
+rope_projected_.on("cuda", "triton", when="fp16, bf16, fp32; constant tables; dim a power of 2", takes=_turns_in_place)(
+    _InPlace.apply
+)
+
+
+@rope_projected_.on("cuda", "torch.compile")
+@compiled
+def _projected(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    return rope_projected_.reference(x, cos, sin, kv_heads)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 TABLE: dict[str, Op[Any, Any]] = {}
 """Every op by its name."""
 _level = 2
+_reference: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,15 @@ def at_level(wanted: int) -> Iterator[None]:
         _level = before
 
 
-@functools.cache
 def _forced() -> bool:
-    value = os.environ.get(VARIABLE, "")
-    if value not in ("", "reference"):
-        raise UserError(f"{VARIABLE}={value!r}: is reference, or not set{nearest(value, ['reference'])}")
-    return value == "reference"
+    # Kept by hand: the compiler warns of functools' caches.
+    global _reference
+    if _reference is None:
+        value = os.environ.get(VARIABLE, "")
+        if value not in ("", "reference"):
+            raise UserError(f"{VARIABLE}={value!r}: is reference, or not set{nearest(value, ['reference'])}")
+        _reference = value == "reference"
+    return _reference
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
@@ -154,6 +159,19 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         return call(*args, **kwargs)
 
     return called
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is here, as it is wherever PyTorch was built for CUDA on Linux."""
+    return find_spec("triton") is not None
+
+
+def eager_triton(*operands: Tensor) -> bool:
+    """Whether Triton kernels take these operands: of one type that they know, and not in a graph, which fuses more."""
+    if torch.compiler.is_compiling():
+        return False
+    return operands[0].dtype in FLOATS and all(x.dtype == operands[0].dtype for x in operands) and has_triton()
 
 
 def raise_graph_limit() -> None:

@@ -162,11 +162,9 @@ def _compile(net: Trunk, device: torch.device) -> None:
     if device.type == "npu":
         raise UserError("compile=true: blocks are compiled for CUDA and CPU alone; set compile=false")
     if not net.compiles:
-        raise UserError(
-            "compile=true: this network's blocks cannot be compiled: they take numbers of the batch, as lengths of "
-            "documents, and each batch would compile anew; set compile=false"
-        )
+        raise UserError("compile=true: this network's blocks cannot be compiled; set compile=false")
     raise_graph_limit()
+    net.compiled = True
     for block in net.blocks.children():
         block.compile(dynamic=None, backend=BACKEND)
 
@@ -204,8 +202,14 @@ def _keep_stage(net: Trunk, mesh: Mesh) -> None:
     mine = range(mesh.pp_rank * per, (mesh.pp_rank + 1) * per)
     for name in [n for n, _ in net.blocks.named_children() if int(n) not in mine]:
         del net.blocks._modules[name]
-    for name in (() if mesh.pp_rank == 0 else net.first) + (() if mesh.is_last_stage else net.last):
+    for name in absent(net, first=mesh.pp_rank == 0, last=mesh.is_last_stage):
         delattr(net, name)
+
+
+def absent(net: Trunk, *, first: bool, last: bool) -> tuple[str, ...]:
+    """Return the children beside the blocks that a pipeline stage does without."""
+    tied = () if first or last else net.tied
+    return (() if first else net.first) + (() if last else net.last) + tied
 
 
 def _shard(net: Trunk, mesh: Mesh, parallel: ParallelConfig, compute: torch.dtype, master: torch.dtype) -> None:

@@ -57,15 +57,20 @@ def finalise() -> None:
 
 
 def groups() -> dict[str, Any]:
-    """Return the process groups of this rank by axis: tp, cp, pp, dp, and replicas (cp within dp)."""
+    """Return the process groups of this rank by axis: tp, cp, pp, dp, and replicas (cp within dp).
+
+    The first and the last pipeline stage have one more: ends, the two of them.
+    """
     from megatron.core import parallel_state as state
 
+    ends = {"ends": state.get_embedding_group()} if state.is_rank_in_embedding_group() else {}
     return {
         "tp": state.get_tensor_model_parallel_group(),
         "pp": state.get_pipeline_model_parallel_group(),
         "cp": state.get_context_parallel_group(),
         "dp": state.get_data_parallel_group(),
         "replicas": state.get_data_parallel_group(with_context_parallel=True),
+        **ends,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from .. import ops
 from .mesh import Mesh
 from .placement import Placement, placements
+
+if TYPE_CHECKING:
+    from ..trunk import Trunk
 
 SUMMING = ("cuda", "npu")
 """Where layers also add up gradients of their weights' type: on a CPU a pass over them costs less than the calls."""
@@ -27,9 +31,10 @@ class Shard:
     """One parameter's share.
 
     ``shape`` is the whole parameter's; tensor parallelism cuts it by ``placement``; FSDP2 over the replicas then
-    takes ``rows`` of dim 0 of that. ``master`` is what the optimizer updates: the local tensor itself, or its fp32
-    copy where a trainable parameter computes in bf16. Of the processes that hold the same, one has it ``counted`` in
-    sums over all, and one ``writes`` it into checkpoints: another one from parameter to parameter.
+    takes ``rows`` of dim 0 of that. If it is ``tied``, the first and the last pipeline stage hold it alike. ``master``
+    is what the optimizer updates: the local tensor itself, or its fp32 copy where a trainable parameter computes in
+    bf16. Of the processes that hold the same, one has it ``counted`` in sums over all, and one ``writes`` it into
+    checkpoints: another one from parameter to parameter.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Shard:
     counted: bool
     writes: bool
     master: Tensor
+    tied: bool = False
     buffer: Tensor | None = None
 
     @property
@@ -106,9 +112,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def collect(
-    net: nn.Module, mesh: Mesh, shapes: dict[str, torch.Size], *, master_dtype: torch.dtype
-) -> dict[str, Shard]:
+def collect(net: Trunk, mesh: Mesh, shapes: dict[str, torch.Size], *, master_dtype: torch.dtype) -> dict[str, Shard]:
     """Return every parameter's Shard by name; ``shapes`` are the whole shapes before anything was cut."""
     parameters = dict(net.named_parameters())
     out = {}
@@ -124,10 +128,14 @@ def collect(
         alike_tp, alike = mesh.tp if placement.dim is None else 1, 1 if sharded else mesh.replicas
         index = mesh.replica_rank % alike * alike_tp + mesh.tp_rank % alike_tp
         writes = number % (alike_tp * alike) == index
+        tied = mesh.pp > 1 and name.split(".")[0] in net.tied
+        if tied and mesh.pp_rank > 0:
+            counted = writes = False
         same = local.dtype == master_dtype or not parameter.requires_grad
         master = local if same else torch.empty_like(local, dtype=master_dtype)
         out[name] = Shard(
-            name, parameter, placement, shapes[name], mesh.tp_rank, mesh.tp, rows, sharded, counted, writes, master
+            name, parameter, placement, shapes[name], mesh.tp_rank, mesh.tp, rows, sharded, counted, writes, master,
+            tied,
         )  # fmt: skip
     return out
 
@@ -172,17 +180,24 @@ class Gradients:
                     shard.parameter.grad = shard.buffer
 
     def reduce(self) -> None:
-        """Sum over the ranks that each saw a part: replicas along dp and cp, then partial tensor-parallel ones."""
+        """Sum over the ranks that each saw a part: replicas along dp and cp, partial tensor-parallel ones, both ends.
+
+        The ends are the first and the last pipeline stage, of what is tied.
+        """
         if self.mesh.replicas > 1:
             for flat in self.flat.values():
                 dist.all_reduce(flat, group=self.mesh.groups["replicas"])
         if self.mesh.tp > 1:
-            partial = [s.gradient for s in self.shards if s.placement.partial and s.gradient is not None]
-            if partial:
-                joined = torch.cat([g.reshape(-1) for g in partial])
-                dist.all_reduce(joined, group=self.mesh.groups["tp"])
-                for gradient, part in zip(partial, joined.split([g.numel() for g in partial]), strict=True):
-                    gradient.copy_(part.view_as(gradient))
+            self._sum([s for s in self.shards if s.placement.partial], "tp")
+        self._sum([s for s in self.shards if s.tied], "ends")
+
+    def _sum(self, shards: list[Shard], group: str) -> None:
+        found = [s.gradient for s in shards if s.gradient is not None]
+        if found:
+            joined = torch.cat([g.reshape(-1) for g in found])
+            dist.all_reduce(joined, group=self.mesh.groups[group])
+            for gradient, part in zip(found, joined.split([g.numel() for g in found]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def clear(self) -> None:
         """Forget the step's gradients."""

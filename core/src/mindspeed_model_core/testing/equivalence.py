@@ -54,7 +54,7 @@ def _random(name: str, weight: Tensor, generator: torch.Generator) -> None:
     """Fill a parameter with values far from any special one: what starts at zero would hide all behind it."""
     weight.normal_(0, 1, generator=generator)
     if weight.dim() == 1:
-        weight.mul_(0.3).add_(1)
+        weight.mul_(0.3).add_(0 if name.endswith("bias") else 1)
     else:
         weight.mul_(weight[0].numel() ** -0.5)
 

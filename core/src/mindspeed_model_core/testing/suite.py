@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import metrics, train, weights
+from .. import device as devices
+from .. import metrics, perf, train, weights
 from .. import recipe as recipes
 from ..errors import UserError
 from ..model import Model
@@ -51,12 +52,16 @@ def open_net(model: Model, config: Any, source: Path | None = None) -> Trunk:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter random values far from any special ones (norm scales too)."""
+    """Give every parameter random values far from any special ones (norm scales too).
+
+    Biases are around zero: were all near one, they would drown what tells one token from another.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise[0].numel() ** -0.5)
+            middle = 0.0 if name.endswith("bias") else 1.0
+            parameter.copy_(middle + 0.3 * noise if noise.dim() == 1 else noise * noise[0].numel() ** -0.5)
 
 
 needs_accelerator = pytest.mark.skipif(
@@ -76,6 +81,12 @@ def _assert_same_losses(spread: list[float], alone: list[float]) -> None:
     assert all(abs(a / b - 1) < 1e-4 for a, b in zip(spread, alone, strict=True)), (spread, alone)
 
 
+COMPILED: dict[str, tuple[int, dict[str, Any], str]] = {
+    "one-recomputed": (1, {}, "all"),
+    "dp2-zero3": (2, {"shard": "zero3"}, "none"),
+    "pp2": (2, {"pp": 2}, "none"),
+}
+"""World, layout and recomputation under which blocks are compiled."""
 EMULATED = ("tp2", "tp2-sequence", "pp2", "cp2", "dp2-zero3")
 """Layouts that are also run on emulated NPUs: each kind of communication, and sharding, over two processes."""
 needs_emulator = pytest.mark.skipif(
@@ -94,6 +105,7 @@ class ModelSuite(ABC):
     spread: dict[str, Any] = {}
     """Changes to the preset so that every layout divides it."""
     layouts: dict[str, tuple[int, dict[str, Any]]] = LAYOUTS
+    compiled: dict[str, tuple[int, dict[str, Any], str]] = COMPILED
     bf16: float = 0.05
     """How far apart rounding may bring a gradient in bf16, as a share of its largest element."""
     reference_options: dict[str, Any] = {}
@@ -127,6 +139,10 @@ class ModelSuite(ABC):
         """Return the preset with changes."""
         tiny = self.model.presets[self.preset]
         return type(tiny).model_validate({**tiny.model_dump(), **changes})
+
+    def compiled_batches(self, step: int) -> list[Batch]:
+        """Return a step's batches to run compiled blocks on: of sizes and kinds that change."""
+        return [self.batch(self.config(), 8 * step + i) for i in range(8)]
 
     def job(self, **changes: Any) -> Job:
         """Return four steps of eight micro-batches of the preset."""
@@ -329,6 +345,16 @@ class ModelSuite(ABC):
         assert_equivalent(self.job(precision="bf16", steps=1), world, fields, self.bf16, parameters=False)
 
     @pytest.mark.dist
+    def test_compiled_blocks_equal_plain_ones(self, spread_compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The graphs, run as they are: what makes kernels of them is PyTorch's."""
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+        monkeypatch.setattr(apply, "BACKEND", "aot_eager")
+        world, fields, recompute = self.compiled[spread_compiled]
+        job = self.job(batches=self.compiled_batches, steps=2, recompute=recompute, compile=True)
+        with torch._dynamo.config.patch(disable=False):
+            assert_equivalent(job, world, fields, FP64)
+
+    @pytest.mark.dist
     @pytest.mark.parametrize("every", [True, False], ids=["tp2-dp2-zero2", "tp2-pp2-dp2-zero3"])
     def test_resumes_under_other_layouts(self, every: bool, tmp_path: Path) -> None:
         """A run saved under one layout goes on under five others as if it had not stopped; all cuts at once too."""
@@ -405,6 +431,18 @@ class ModelSuite(ABC):
         assert len(losses) == 4 and all(0 < loss < 100 for loss in losses)
 
     # ---------------------------------------------------------------- device
+
+    @pytest.mark.device
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, which tells of waits; it is not here")
+    def test_a_step_never_waits_for_the_device(self, tmp_path: Path) -> None:
+        session = train.Session(perf.from_random(self.recipe(tmp_path)), self.model, Mesh(devices.pick()))
+        session.start()
+        session.step()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            session.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     @pytest.mark.device
     @needs_accelerator
@@ -502,5 +540,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     if "layout" in metafunc.fixturenames:
         metafunc.parametrize("layout", list(metafunc.cls.layouts))
+    if "spread_compiled" in metafunc.fixturenames:
+        metafunc.parametrize("spread_compiled", list(metafunc.cls.compiled))
     if "emulated" in metafunc.fixturenames:
         metafunc.parametrize("emulated", ["one", *(name for name in metafunc.cls.layouts if name in EMULATED)])

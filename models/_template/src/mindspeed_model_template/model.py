@@ -32,6 +32,7 @@ class Template(Trunk):
 
     first = ("table",)
     last = ("norm", "head")
+    compiles = True
 
     def __init__(self, config: TemplateConfig) -> None:
         super().__init__()

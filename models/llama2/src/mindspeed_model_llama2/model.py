@@ -44,6 +44,7 @@ class Llama2(Trunk):
 
     first = ("embed_tokens",)
     last = ("norm", "head")
+    compiles = True
 
     def __init__(self, config: Llama2Config) -> None:
         super().__init__()
@@ -72,6 +73,12 @@ class Llama2(Trunk):
         if (cache := context["cache"]) is not None:
             cache.advance(len(context["tables"][0]) // cache.batch)
         return self.head(self.norm(state["x"]), context["labels"])
+
+    def constants(self, context: Context) -> tuple[int, ...] | None:
+        """Return how many documents there are and their length, if they have one and nothing is generated."""
+        lengths = context["lengths"]
+        alike = context["cache"] is None and len(set(lengths)) == 1
+        return (len(lengths), lengths[0]) if alike else None
 
     def tokens(self, batch: Batch) -> int:
         """Return the tokens of all documents."""

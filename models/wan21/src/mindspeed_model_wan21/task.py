@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from mindspeed_model_core import device as devices
 from mindspeed_model_core.flow import FlowConfig, add_noise, velocity_loss
 from mindspeed_model_core.frozen import check_parts
 from mindspeed_model_core.recipe import Recipe
@@ -53,7 +54,7 @@ class FlowMatching:
         noised = add_noise(batch["latents"], batch["seeds"], self.recipe.flow)
         x = noised.x
         if self.config.image_dim is not None:
-            mask = given_mask(x.shape[2:], self.config).to(x)
+            mask = devices.send(given_mask(x.shape[2:], self.config).to(x.dtype), x.device)
             x = torch.cat((x, mask.expand(len(x), *mask.shape), batch["condition"].to(x)), 1)
         image = {"image": batch["image"]} if "image" in batch else {}
         return {

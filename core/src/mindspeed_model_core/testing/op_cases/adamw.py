@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops import adamw
 from ..tolerance import assert_close
 from .case import draw
 
-SHAPES = ((7, 13), (5,), (0, 3), (2, 3, 4))
+SHAPES = ((7, 13), (5,), (0, 3), (2, 3, 4), (257, 300))
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.8
-STEPS = ((1e-2, False), (5e-3, False), (1e-2, True), (2e-3, False))
-"""Learning rate of each step, and whether it is one that must change nothing."""
+STEPS = ((1e-2, False, None), (5e-3, False, 4.0), (1e-2, True, 4.0), (2e-3, False, 1.0))
+"""Learning rate of each step, whether it is one that must change nothing, and what divides its gradients."""
 
 
 def check_adamw_(device: torch.device, dtype: torch.dtype, bound: float) -> None:
@@ -26,6 +27,14 @@ def check_ema_adamw_(device: torch.device, dtype: torch.dtype, bound: float) -> 
 
 
 def _check(name: str, device: torch.device, dtype: torch.dtype, bound: float) -> None:
+    before, adamw.SMALL = adamw.SMALL, 2**16  # the last shape is not small
+    try:
+        _hold(name, device, dtype, bound)
+    finally:
+        adamw.SMALL = before
+
+
+def _hold(name: str, device: torch.device, dtype: torch.dtype, bound: float) -> None:
     weights = [draw(*shape).to(device, dtype) for shape in SHAPES]
     moments = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
     averages = [w.to(torch.promote_types(dtype, torch.float32), copy=True) for w in weights]
@@ -34,13 +43,16 @@ def _check(name: str, device: torch.device, dtype: torch.dtype, bound: float) ->
     inner = torch.optim.AdamW(learn, betas=BETAS, eps=EPS, weight_decay=0.3, foreach=False, fused=False)
     skips = device.type != "npu"
     step = torch.zeros((), device=device)
-    for number, (lr, skipped) in enumerate(STEPS):
+    for number, (lr, skipped, divisor) in enumerate(STEPS):
         if skipped and not skips:
             continue
         grads = [draw(*shape, seed=number + 1).to(device, dtype) for shape in SHAPES]
-        update = ops.Update(
-            step + 1, lr, BETAS, EPS, 0.3, torch.tensor(float(skipped), device=device) if skips else None
+        wanted = [g.cpu().double() / (divisor or 1) for g in grads]
+        skip, divide = (
+            None if value is None else torch.tensor(float(value), device=device)
+            for value in (skipped if skips else None, divisor)
         )
+        update = ops.Update(step + 1, lr, BETAS, EPS, 0.3, skip, divide)
         if name == "adamw_":
             ops.TABLE[name](weights, grads, *moments, update)
         else:
@@ -48,8 +60,8 @@ def _check(name: str, device: torch.device, dtype: torch.dtype, bound: float) ->
         if not skipped:
             step += 1
             inner.param_groups[0]["lr"] = lr
-            for w, g in zip(learn, grads, strict=True):
-                w.grad = g.cpu().double()
+            for w, g in zip(learn, wanted, strict=True):
+                w.grad = g
             inner.step()
         mean = [DECAY * a + (1 - DECAY) * w.detach() for a, w in zip(mean, learn, strict=True)]
     state = [inner.state[w] for w in learn]

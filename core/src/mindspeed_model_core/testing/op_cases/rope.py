@@ -52,7 +52,20 @@ def _interleaved_case(*shape: int, apart: tuple[str, ...] = ()) -> Case:
     )
 
 
+def _projected(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+    q, k, v = x.split((x.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    return _half(q, cos, sin), _half(k, cos, sin), v
+
+
+def _projected_case(kv_heads: int, *shape: int) -> Case:
+    name = f"{'x'.join(map(str, shape))}, {kv_heads} for k and v"
+    return Case(
+        ops.rope_projected_, name, (draw(*shape),), _projected, (*_tables(shape[0], shape[-1], False), kv_heads)
+    )
+
+
 CASES = (
+    *(_projected_case(*shape) for shape in ((3, 70, 9, 64), (2, 33, 12, 80), (1, 1, 3, 2), (2, 0, 8, 64))),
     *(_half_case(*shape) for shape in ((70, 3, 64), (33, 10, 80), (7, 2, 128), (1, 1, 2), (0, 4, 64), (3, 999, 4))),
     *(_half_case(*shape, apart=("npu",)) for shape in ((3, 1000, 4), (3, 2, 896))),
     *(

@@ -1,0 +1,177 @@
+"""Transcribing: what transformers writes down with the same weights, of short sounds and of long ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mindspeed_model_core import weights
+from mindspeed_model_core.data.audio import read_audio
+from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.testing.suite import open_net, randomise
+from mindspeed_model_whisper import MODEL
+from mindspeed_model_whisper.data import RATE, Line, log_mel
+from mindspeed_model_whisper.generate import distance, error_rates, evaluate_command, hear, open_transcriber
+from mindspeed_model_whisper.tiny import write_tiny_tokenizer
+
+from .speech import tone, write_wav
+
+CONFIG = MODEL.presets["mini"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub folder of random weights, which say something: its tokenizer came along."""
+    base = tmp_path_factory.mktemp("whisper")
+    write_tiny_tokenizer(base / "tokenizer")
+    net = open_net(MODEL, CONFIG)
+    randomise(net, seed=11)
+    weights.save(net.named_parameters(), CONFIG, MODEL.layouts[0], base / "hub", extras_from=base / "tokenizer")
+    return base / "hub"
+
+
+def sweep(seconds: float) -> torch.Tensor:
+    """Return sound that changes all the time."""
+    at = np.arange(round(seconds * RATE)) / RATE
+    return torch.from_numpy(np.sin(2 * np.pi * (200 + 300 * at) * at) * (0.5 + 0.4 * np.sin(9 * at))).float()
+
+
+def theirs(folder: Path) -> Any:
+    from transformers import WhisperForConditionalGeneration
+
+    return WhisperForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("timestamps", [False, True])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_writes_what_transformers_writes(folder: Path, beams: int, timestamps: bool) -> None:
+    audio = sweep(0.9)
+    transcriber = open_transcriber(folder, None, "cpu", "fp32")
+    found = transcriber(audio, language="zh", timestamps=timestamps, beams=beams)
+    mel = log_mel(audio, CONFIG.num_mel_bins, CONFIG.frames)[None]
+    with torch.no_grad():
+        ids = theirs(folder).generate(
+            mel, language="zh", task="transcribe", return_timestamps=timestamps, num_beams=beams
+        )
+    words = [token for token in ids[0].tolist() if token < CONFIG.eos_token_id]
+    assert words, "says nothing: there is nothing to compare"
+    assert found.text == transcriber.prompts.tokenizer.decode(words).strip()
+    assert bool(found.segments) == timestamps
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("beams", [1, 3])
+def test_long_sounds_are_heard_as_transformers_hears_them(folder: Path, beams: int) -> None:
+    """Segment by segment, each from where the last one's timestamps end."""
+    audio = sweep(3.3)
+    network = open_transcriber(folder, None, "cpu", "fp32").network
+    mel = log_mel(audio, CONFIG.num_mel_bins, 330)[None]
+    told = {
+        "attention_mask": torch.ones(1, 330, dtype=torch.long),
+        "language": "en",
+        "task": "transcribe",
+        "return_timestamps": True,
+        "num_beams": beams,
+    }
+    with torch.no_grad():
+        ours, others = (net.generate(mel, **told)[0].tolist() for net in (network, theirs(folder)))
+    times = [token for token in ours if token > CONFIG.decoder_start_token_id + 9]
+    assert ours == others and len(times) >= 8
+
+
+def test_long_sounds_have_times_that_go_on(folder: Path) -> None:
+    transcriber = open_transcriber(folder, None, "cpu", "fp32")
+    found, again = (transcriber(sweep(2.5), language="en", timestamps=True) for _ in range(2))
+    assert found == again
+    starts = [start for start, _, _ in found.segments]
+    assert starts == sorted(starts) and starts[-1] > 1.0
+
+
+def test_the_language_is_heard(folder: Path) -> None:
+    transcriber = open_transcriber(folder, None, "cpu", "fp32")
+    texts = {code: transcriber(sweep(0.8), language=code).text for code in ("en", "zh", "de")}
+    assert len(set(texts.values())) > 1 and transcriber(sweep(0.8)).text in texts.values()
+
+
+@pytest.mark.parity
+def test_an_exported_folder_runs_in_transformers_pipeline(folder: Path, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    path = write_wav(tmp_path / "sweep.wav", sweep(0.7).numpy())
+    audio = read_audio(path, RATE)
+    recogniser = pipeline("automatic-speech-recognition", model=str(folder), device="cpu")
+    transcriber = open_transcriber(folder, None, "cpu", "fp32")
+    for beams in (1, 5):
+        said = recogniser(audio.numpy(), generate_kwargs={"language": "de", "task": "transcribe", "num_beams": beams})
+        assert said["text"].strip()
+        assert transcriber(audio, language="de", beams=beams).text == said["text"].strip()
+
+
+@pytest.mark.parametrize(
+    "audio", [torch.zeros(8000), torch.zeros(RATE * 3), tone(0.001)], ids=["short", "long", "click"]
+)
+def test_silence_is_no_mistake(folder: Path, audio: Any) -> None:
+    found = open_transcriber(folder, None, "cpu", "fp32")(torch.as_tensor(audio).float(), language="en")
+    assert isinstance(found.text, str)
+
+
+def test_a_language_that_is_none_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="language 'xx': the tokenizer knows no such language"):
+        open_transcriber(folder, None, "cpu", "fp32")(sweep(0.5), language="xx")
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "errors"),
+    [("a b c", "a b c", 0), ("a b c", "a c", 1), ("a b", "a x b", 1), ("a b", "b a", 2), ("", "a b", 2), ("a", "", 1)],
+)
+def test_distances(want: str, got: str, errors: int) -> None:
+    assert distance(want.split(), got.split()) == errors
+
+
+def test_error_rates_are_over_all_that_is_wanted() -> None:
+    assert error_rates([("a b c d", "a b c"), ("one", "two")]) == (2 / 5, 4 / 7)
+    with pytest.raises(UserError, match="all texts are empty"):
+        error_rates([("", "a")])
+
+
+def test_a_list_is_evaluated(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_wav(tmp_path / "a.wav", sweep(0.6).numpy())
+    heard = open_transcriber(folder, None, "cpu", "fp32")(read_audio(tmp_path / "a.wav", RATE), language="en").text
+    (tmp_path / "list.jsonl").write_text(json.dumps({"audio": "a.wav", "text": heard}) + "\n")
+    options: dict[str, Any] = {
+        "tokenizer": None,
+        "device": "cpu",
+        "dtype": "fp32",
+        "ema": False,
+        "beams": 1,
+        "batch": 2,
+    }
+    evaluate_command(
+        folder,
+        tmp_path / "list.jsonl",
+        language="en",
+        task="transcribe",
+        exact=True,
+        out=tmp_path / "out.jsonl",
+        **options,
+    )
+    assert "1 sounds: WER 0.00%, CER 0.00%" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.jsonl").read_text())["heard"] == heard
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_sounds_heard_at_once_are_those_heard_alone(folder: Path, tmp_path: Path, beams: int) -> None:
+    """In two languages, and one longer than the network hears, which comes alone; each text is its own line's."""
+    transcriber, lines = open_transcriber(folder, None, "cpu", "fp32"), []
+    for number, (length, code) in enumerate([(0.5, "en"), (0.7, "de"), (0.9, "en"), (1.6, "en"), (0.4, "en")]):
+        path = write_wav(tmp_path / f"{number}.wav", sweep(length).numpy()[::-1] * (1 - number / 9))
+        lines.append(Line(path, f"list.jsonl:{number + 1}", code, ""))
+    found = hear(transcriber, lines, beams=beams, batch=2)
+    short = [0, 1, 2, 4]
+    alone = [transcriber(read_audio(lines[n].path, RATE), language=lines[n].language, beams=beams).text for n in short]
+    assert [found[n] for n in short] == alone and len(set(alone)) > 1 and found[3]
