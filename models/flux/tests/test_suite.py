@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import lora
-from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent
 from mindspeed_model_core.testing.suite import ModelSuite
@@ -82,6 +81,10 @@ class FluxSuite(ModelSuite):
         batches: dict[str, Any] = {"batches": lambda step: [self.batch(config, 4 * step + i) for i in range(4)]}
         return super().job(**{**batches, **changes})
 
+    def compiled_batches(self, step: int) -> list[Batch]:
+        """Return a step's batch: tokens change from step to step."""
+        return [self.batch(self.config(), step, (ODD, EVEN)[step])]
+
     def reference(self, config: Any) -> nn.Module:
         from diffusers import FluxTransformer2DModel
 
@@ -116,6 +119,7 @@ def _ids(latents: Tensor, number: int) -> Tensor:
 
 class TestTextToImage(FluxSuite):
     variants = ({}, {"guidance_embeds": False})
+    compiled = {"one-recomputed": (1, {}, "all")}
 
     @pytest.mark.dist
     @pytest.mark.parametrize("spread", CONTEXT)
@@ -124,22 +128,6 @@ class TestTextToImage(FluxSuite):
         world, fields, size = CONTEXT[spread]
         job = self.job(batches=lambda step: [self.batch(self.config(), 4 * step + i, size) for i in range(4)])
         assert_equivalent(job, world, fields, FP64)
-
-    def test_compiled_blocks_equal_plain_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The graphs of both kinds of blocks, run as they are: what makes kernels of them is PyTorch's."""
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
-        monkeypatch.setattr(apply, "BACKEND", "aot_eager")
-        config = self.config(num_layers=1, num_single_layers=1)
-        job = self.job(
-            build=lambda: MODEL.build(config),
-            # Tokens change from step to step.
-            batches=lambda step: [self.batch(config, step, (ODD, EVEN)[step])],
-            steps=2,
-            recompute="all",
-            compile=True,
-        )
-        with torch._dynamo.config.patch(disable=False):
-            assert_equivalent(job, 1, {}, FP64)
 
     @pytest.mark.dist
     @pytest.mark.parametrize(
@@ -173,6 +161,7 @@ class TestKontext(FluxSuite):
     layouts = {"tp2-sequence": LAYOUTS["tp2-sequence"], "cp2": (2, {"cp": 2})}
     # What these hold does not depend on a reference; they are TestTextToImage's.
     test_resumes_under_other_layouts = None  # type: ignore[assignment]
+    test_compiled_blocks_equal_plain_ones = None  # type: ignore[assignment]
     test_recompute_and_bf16_under_every_axis = None  # type: ignore[assignment]
     test_bf16_keeps_fp32_masters = None  # type: ignore[assignment]
     test_layouts_round_trip = None  # type: ignore[assignment]
