@@ -350,7 +350,8 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 package = importlib.import_module(sys.argv[1])
 for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if not found.name.endswith(("__main__", ".demo")) and ".testing" not in found.name:
+    # Kernels need Triton, which PyTorch brings where it is built for CUDA.
+    if not found.name.endswith(("__main__", ".demo", ".kernels")) and ".testing" not in found.name:
         importlib.import_module(found.name)
 """
 
