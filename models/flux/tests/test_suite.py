@@ -119,6 +119,10 @@ def _ids(latents: Tensor, number: int) -> Tensor:
 
 class TestTextToImage(FluxSuite):
     variants = ({}, {"guidance_embeds": False})
+    # What is left out cuts nothing of this network that others do not.
+    layouts = {
+        name: layout for name, layout in LAYOUTS.items() if name not in ("tp2-sequence-chunks", "tp2-pp2-dp2-zero1")
+    }
     compiled = {"one-recomputed": (1, {}, "all")}
 
     @pytest.mark.dist
@@ -163,6 +167,9 @@ class TestKontext(FluxSuite):
     test_resumes_under_other_layouts = None  # type: ignore[assignment]
     test_compiled_blocks_equal_plain_ones = None  # type: ignore[assignment]
     test_recompute_and_bf16_under_every_axis = None  # type: ignore[assignment]
+    test_recompute_changes_nothing = None  # type: ignore[assignment]
+    test_resume_equals_an_uninterrupted_run = None  # type: ignore[assignment]
+    test_a_deterministic_run_repeats_bit_for_bit = None  # type: ignore[assignment]
     test_bf16_keeps_fp32_masters = None  # type: ignore[assignment]
     test_layouts_round_trip = None  # type: ignore[assignment]
     test_a_checkpoint_of_another_network_is_refused = None  # type: ignore[assignment]
