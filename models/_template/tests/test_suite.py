@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.testing.equivalence import LAYOUTS
+from mindspeed_model_core.testing.suite import COMPILED, ModelSuite
 from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_template import MODEL
 from mindspeed_model_template.task import TemplateRecipe
@@ -20,6 +21,9 @@ LENGTH = 16
 class TestSuite(ModelSuite):
     model = MODEL
     variants = ({}, {"window": 3})
+    # Few: its layers are core's, whose toy network is cut in every way.
+    layouts = {name: LAYOUTS[name] for name in ("tp2", "dp2-zero3", "tp2-sequence-pp2-dp2-zero3")}
+    compiled = {"one-recomputed": COMPILED["one-recomputed"]}
     parameter_counts = {"tiny": 110752}
 
     def recipe(self, folder: Path, **changes: Any) -> TemplateRecipe:

@@ -87,7 +87,7 @@ COMPILED: dict[str, tuple[int, dict[str, Any], str]] = {
     "pp2": (2, {"pp": 2}, "none"),
 }
 """World, layout and recomputation under which blocks are compiled."""
-EMULATED = ("tp2", "tp2-sequence", "pp2", "cp2", "dp2-zero3")
+EMULATED = ("tp2-sequence", "pp2", "cp2", "dp2-zero3")
 """Layouts that are also run on emulated NPUs: each kind of communication, and sharding, over two processes."""
 needs_emulator = pytest.mark.skipif(
     not npu_emulator.installed(), reason="needs the NPU emulator, which nox -s npu installs"
