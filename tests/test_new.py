@@ -25,7 +25,7 @@ def test_a_new_model_passes_its_tests(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *install, str(site), str(model)], check=True)
     env = {**os.environ, "PYTHONPATH": str(site)}
     # Every layout is the template's own test; two processes are enough to see that the copy is found in them.
-    many = "test_layouts or test_resumes or every_axis or compiled"
+    many = "test_layouts or test_resumes or every_axis or compiled or deterministic or uninterrupted"
     few = f"not ({many}) or (one_process and tp2 and not pp2 and not sequence)"
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(model / "tests"), "-m", "not device", "-k", few]
     run = subprocess.run([sys.executable, *tests], env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -191,4 +191,13 @@ class TestImageToVideo(Wan21Suite):
     }
     # What these hold does not depend on the conditioning; they are TestTextToVideo's.
     test_resumes_under_other_layouts = None  # type: ignore[assignment]
+    test_recompute_and_bf16_under_every_axis = None  # type: ignore[assignment]
+    test_recompute_changes_nothing = None  # type: ignore[assignment]
+    test_resume_equals_an_uninterrupted_run = None  # type: ignore[assignment]
+    test_a_deterministic_run_repeats_bit_for_bit = None  # type: ignore[assignment]
+    test_bf16_keeps_fp32_masters = None  # type: ignore[assignment]
+    test_a_checkpoint_of_another_network_is_refused = None  # type: ignore[assignment]
+    test_a_run_folder_in_use_is_refused = None  # type: ignore[assignment]
+    test_every_recipe_is_valid = None  # type: ignore[assignment]
+    test_presets_have_their_published_size = None  # type: ignore[assignment]
     test_the_command_line_trains_on_two_emulated_npus = None  # type: ignore[assignment]
