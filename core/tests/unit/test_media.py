@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from mindspeed_model_core.data import media
 from mindspeed_model_core.data.media import Clip, contact_sheet, probe, read_frames, write_video
 from mindspeed_model_core.errors import UserError
 from PIL import Image
@@ -253,3 +254,13 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             write_video(tmp_path / "new.mp4", frames, 16)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [((225, 225), (896, 896)), ((5472, 3648), (832, 1248)), ((6000, 4000), (880, 1184)), ((1600, 1067), (832, 1248))],
+    ids=str,
+)
+def test_a_part_begins_and_ends_within_its_image(image: tuple[int, int], size: tuple[int, int]) -> None:
+    """Widths of which a product rounds to more than the image has."""
+    assert media._fit(Image.new("RGB", image, "red"), size).shape == (3, *size)

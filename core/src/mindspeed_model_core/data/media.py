@@ -85,6 +85,7 @@ def read_items(path: str | Path, *, prompt: str | None = None, references: bool 
     path = Path(path).expanduser()
     listed = next((path / name for name in _LISTS if (path / name).is_file()), None) if path.is_dir() else path
     if listed is not None:
+        check_file(listed)
         if prompt is not None:
             raise UserError(f"{listed}: has a caption for each file; leave the prompt {prompt!r} out")
         return read_list(listed, references=references)
@@ -475,8 +476,10 @@ def _fit(image: Any, size: tuple[int, int]) -> Any:
 
     height, width = size
     scale = min(image.width / width, image.height / height)
-    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
+    # Products round: the part is not to begin before the image or end behind it.
+    wide, high = min(width * scale, image.width), min(height * scale, image.height)
+    left, top = (image.width - wide) / 2, (image.height - high) / 2
+    box = (left, top, min(left + wide, image.width), min(top + high, image.height))
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image).transpose(2, 0, 1).copy()

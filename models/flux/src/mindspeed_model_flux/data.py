@@ -30,7 +30,7 @@ class FluxData(PictureData):
 
     height: int = 1024
     width: int = 1024
-    text_tokens: PositiveInt = Field(512, description="tokens of T5 that every caption is cut or filled up to")
+    text_tokens: PositiveInt = Field(512, le=512, description="tokens of T5 that every caption is cut or filled up to")
     synthetic: tuple[PositiveInt, PositiveInt] = Field(
         (1024, 1024), description="height and width of measure's random batches"
     )

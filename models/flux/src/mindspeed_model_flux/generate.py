@@ -184,7 +184,7 @@ def generate_command(
         float | None,
         typer.Option(metavar="G", help=r"The strength that the network is told.  \[default: 3.5, for Kontext 2.5]"),
     ] = None,
-    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of T5, as in training.")] = 512,
+    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=512, help="Tokens of T5, as in training.")] = 512,
     seed: Seed = 0,
     dtype: DType = None,
     tp: Tp = 1,

@@ -274,13 +274,13 @@ def _reordered(tables: Tables, shares: list[tuple[int, int]], ranks: int) -> Tab
     """Return tables in the order that joining what each rank holds gives: of the first rank text, images, and so on."""
     if ranks == 1:
         return tables
-    order, start = [], 0
+    order, start, device = [], 0, tables[0].device
     for texts, images in shares:
-        text = torch.arange(start, start + texts).view(ranks, even_share(texts, ranks))
-        image = torch.arange(start + texts, start + texts + images).view(ranks, even_share(images, ranks))
+        held = torch.arange(start, start + texts + images, device=device).split((texts, images))
+        text, image = (each.view(ranks, even_share(len(each), ranks)) for each in held)
         order.append(torch.cat((text, image), 1).flatten())
         start += texts + images
-    places = torch.cat(order).to(tables[0].device)
+    places = torch.cat(order)
     return tables[0][places], tables[1][places]
 
 

@@ -132,7 +132,7 @@ def read_hub_config(folder: Path) -> FluxConfig:
     raw = read_json(path)
     check_fixed(raw, _FIXED, path, "FLUX.1")
     values = {key: raw[key] for key in _FIELDS if raw.get(key) is not None}
-    index = folder / "model_index.json"
+    index = path.parent.parent / "model_index.json"
     values["kontext"] = index.is_file() and read_json(index).get("_class_name") == _KONTEXT
     return validate(FluxConfig, values, str(path))
 
@@ -182,7 +182,6 @@ HUB = Layout(
     files=Safetensors("diffusion_pytorch_model", _FOLDER),
     config_file=f"{_FOLDER}/config.json",
     loose=("kontext",),
-    extras=("model_index.json",),
     parts=tuple(part for part in _PARTS if part != _FOLDER),
     complete=complete_hub,
     adapter=DIFFUSERS,
