@@ -75,3 +75,9 @@ def test_what_is_no_sound_is_named(tmp_path: Path, name: str, message: str) -> N
     with pytest.raises(UserError, match=message) as error:
         read_audio(tmp_path / name, RATE)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_name_may_have_a_colon(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "10:30.wav", sine(0.5))
+    assert len(read_audio("10:30.wav", 16000)) == 8000

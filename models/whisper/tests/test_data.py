@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -249,3 +250,16 @@ def test_an_epoch_reads_every_sound_once(tmp_path: Path) -> None:
     loader = iter(MODEL.task(recipe, CONFIG).data(0, 1))
     batches = [batch for _ in range(2) for batch in next(loader)]
     assert len({row.numpy().tobytes() for batch in batches for row in batch["mel"]}) == 8
+
+
+@pytest.mark.parametrize(("notimes", "fits"), [(50364, True), (50363, False)])
+def test_the_tokenizer_of_another_release_is_refused(notimes: int, fits: bool) -> None:
+    """One that is a language short has the same start and end, and every task beside its place."""
+    known = {"<|startoftranscript|>": 50258, "<|endoftext|>": 50257, "<|notimestamps|>": notimes}
+    tokenizer = SimpleNamespace(get_vocab=lambda: known, name_or_path="theirs")
+    config = MODEL.preset("large-v3")
+    if fits:
+        assert Prompts(tokenizer, config).first_time == 50365
+    else:
+        with pytest.raises(UserError, match="times would end at 51865, the model's at 51866: it is another release's"):
+            Prompts(tokenizer, config)

@@ -38,13 +38,14 @@ def read_audio(path: str | Path, rate: int, most: float | None = None) -> Tensor
 
     path = Path(path)
     parts: list[np.ndarray[Any, Any]] = []
-    left = None if most is None else round(most * rate)
+    left, held = None if most is None else round(most * rate), 0
     with _sound(path) as (container, stream):
         change = av.AudioResampler(format="fltp", rate=rate)
         for frame in _frames(container, stream):
             for out in change.resample(frame):
                 parts.append(out.to_ndarray().mean(0, dtype=np.float32))
-            if left is not None and sum(map(len, parts)) >= left:
+                held += len(parts[-1])
+            if left is not None and held >= left:
                 break
     samples = np.concatenate(parts)[:left] if parts else np.zeros(0, np.float32)
     if not len(samples):
@@ -66,10 +67,12 @@ def _sound(path: Path) -> Iterator[tuple[Any, Any]]:
     if not path.stat().st_size:
         raise UserError(f"{path}: holds no sample of sound; it is empty or truncated, leave it out")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path.absolute())) as container:  # a colon in a bare name would be a protocol
             if not container.streams.audio:
                 raise UserError(f"{path}: holds no sound; give a file such as .wav, .flac or .mp3")
             yield container, container.streams.audio[0]
-    except (av.FFmpegError, EOFError) as error:
+    except UserError:
+        raise
+    except (av.FFmpegError, EOFError, ValueError) as error:  # ValueError: the rate or the channels change on the way
         said = " ".join((getattr(error, "strerror", None) or str(error)).split())[:120]
         raise UserError(f"{path}: not readable sound ({said}); it is damaged or truncated") from None

@@ -88,6 +88,14 @@ def mel_bands(mels: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ tokens
 
 
+RELEASED = (51864, 51865, 51866)
+"""Sizes of the released vocabularies: English alone, 99 languages, 100."""
+WORDS = 50256
+"""Tokens of text, which begin the smallest of them."""
+TIMES = 1501
+"""Tokens of times, from 0 to 30 s, which end a vocabulary."""
+
+
 class Prompts:
     """Puts texts between Whisper's special tokens; UserError where the tokenizer lacks one."""
 
@@ -104,6 +112,13 @@ class Prompts:
                     "tokenizer that goes with the weights"
                 )
         self.first_time = self._id("<|notimestamps|>") + 1
+        # Releases differ by a language, which moves all that comes after it.
+        released = config.vocab_size in RELEASED and config.eos_token_id >= WORDS
+        if released and self.first_time + TIMES != config.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path}: its {TIMES} times would end at {self.first_time + TIMES}, the "
+                f"model's at {config.vocab_size}: it is another release's; use the tokenizer that goes with the weights"
+            )
 
     @functools.cached_property
     def languages(self) -> dict[str, int]:
