@@ -244,7 +244,7 @@ def error_rates(pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
 
 
 def plain(text: str) -> str:
-    """Return a text without case, punctuation and what is in brackets, as published error rates are counted."""
+    """Return a text without case, punctuation and what is in brackets, as published of languages but English."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
     return str(BasicTextNormalizer()(text)).strip()
