@@ -84,7 +84,6 @@ def _assert_same_losses(spread: list[float], alone: list[float]) -> None:
 COMPILED: dict[str, tuple[int, dict[str, Any], str]] = {
     "one-recomputed": (1, {}, "all"),
     "dp2-zero3": (2, {"shard": "zero3"}, "none"),
-    "pp2": (2, {"pp": 2}, "none"),
 }
 """World, layout and recomputation under which blocks are compiled."""
 EMULATED = ("tp2-sequence", "pp2", "cp2", "dp2-zero3")
