@@ -482,3 +482,12 @@ def test_damaged_settings_are_told_with_what_to_do(clips: Path, whole: Path, tmp
 def test_impossible_options_are_named_as_options(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         module.from_options(type(DATA), values)
+
+
+def test_a_reference_of_another_folder_is_another_one(tmp_path):
+    """Pairs are often named alike, and a list may be moved with its files."""
+
+    def mark(folder, of):
+        return module._mark(Item(1, folder / "images" / "1.png", "a", "images/1.png", reference=folder / of / "1.png"))
+
+    assert mark(tmp_path, "edges") == mark(tmp_path / "moved", "edges") != mark(tmp_path, "depths")

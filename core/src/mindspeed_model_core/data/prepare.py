@@ -297,7 +297,8 @@ def _check_list(folder: Path, before: Mapping[str, Any], items: Sequence[Item]) 
 
 def _mark(item: Item) -> str:
     """Return hex digits that tell a line from another; its path is as written, so that the list may be moved."""
-    reference = f" {item.reference.name}" if item.reference is not None else ""
+    # Seen from the clip: names alone are alike in folders of, say, edges and depths.
+    reference = f" {os.path.relpath(item.reference, item.path.parent)}" if item.reference is not None else ""
     return hashlib.sha256(f"{item.line} {item.written} {item.caption}{reference}".encode()).hexdigest()[:_MARK]
 
 
