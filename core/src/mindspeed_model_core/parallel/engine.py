@@ -59,11 +59,12 @@ def finalise() -> None:
 def groups() -> dict[str, Any]:
     """Return the process groups of this rank by axis: tp, cp, pp, dp, and replicas (cp within dp).
 
-    The first and the last pipeline stage have one more: ends, the two of them.
+    The first and the last of several pipeline stages have one more: ends, the two of them.
     """
     from megatron.core import parallel_state as state
 
-    ends = {"ends": state.get_embedding_group()} if state.is_rank_in_embedding_group() else {}
+    staged = state.get_pipeline_model_parallel_world_size() > 1
+    ends = {"ends": state.get_embedding_group()} if staged and state.is_rank_in_embedding_group() else {}
     return {
         "tp": state.get_tensor_model_parallel_group(),
         "pp": state.get_pipeline_model_parallel_group(),
