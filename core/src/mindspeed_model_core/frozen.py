@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .pipelines import check_fixed
 from .tensorfile import read_json
-from .translation import check_fixed
 
 _SAMPLE = 64 * 2**10
 

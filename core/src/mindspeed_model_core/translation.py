@@ -19,12 +19,11 @@ from torch import nn
 
 from .errors import UserError
 from .layout import Bound, Files, Layout, Source, Table
+from .pipelines import check_fixed
 from .recipe import Section, validate
 from .tensorfile import Spec, TorchFile, read_json, write_json
 from .weights import Opened, check, read, whole
 
-VERSION = "0.35.0"
-"""The version of diffusers whose files are written."""
 SHARD_BYTES = 5_000_000_000
 """The largest file a part is written in."""
 
@@ -115,14 +114,6 @@ def hub_part(
     )
 
 
-def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any], path: Path, whose: str) -> None:
-    """Raise UserError if a configuration has a setting other than the one all of a model's sizes share."""
-    for key, value in fixed.items():
-        if raw.get(key, value) != value:
-            got, want = (text if len(text) <= 48 else f"{text[:45]}..." for text in (repr(raw[key]), repr(value)))
-            raise UserError(f"{path}: {key}={got} is not supported, {whose} has {key}={want}")
-
-
 def file_part(
     build: Callable[[Any], nn.Module],
     table: Callable[[Any], Table],
@@ -140,26 +131,6 @@ def file_part(
         files=files,
         config_file=files.name,
     )
-
-
-def complete_pipeline(
-    folder: Path, kind: str, parts: Mapping[str, tuple[str, str]], scheduler: Mapping[str, Any]
-) -> None:
-    """Write model_index.json and the scheduler: a folder becomes one of diffusers' pipelines, if its parts are there.
-
-    ``parts`` maps subfolders to library and class; ``scheduler`` are the settings of the one among them, where the
-    folder has none.
-    """
-    if any(not (folder / part).is_dir() for part in parts if part != "scheduler"):
-        return
-    versions = {"_diffusers_version": VERSION}
-    if not (folder / "scheduler").exists():
-        (folder / "scheduler").mkdir()
-        said = {"_class_name": parts["scheduler"][1], **versions, **scheduler}
-        write_json(folder / "scheduler" / "scheduler_config.json", said)
-    if not (folder / "model_index.json").exists():
-        index = {"_class_name": kind, **versions, **{part: list(names) for part, names in parts.items()}}
-        write_json(folder / "model_index.json", index)
 
 
 def parameters(build: Callable[[Any], nn.Module], config: Any) -> list[str]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Literal
 
 import torch
-from mindspeed_model_core.flow import FlowConfig, add_noise, velocity_loss
-from mindspeed_model_core.frozen import check_parts
+from mindspeed_model_core.flow import FlowConfig, FlowTask, Noised
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Loader, Unit, Work
 from mindspeed_model_core.trunk import Batch
 from pydantic import Field
-from torch import Tensor
 
 from .config import PATCH, FluxConfig
 from .data import VAE, FluxData, open_data, synthetic_data
-from .encoders import NEEDED, Encoders
+from .encoders import Encoders
 from .model import FREQUENCIES
 
 
@@ -36,51 +33,32 @@ class FluxRecipe(Recipe):
     guidance: float = Field(1.0, ge=0, description="the strength of guidance that the network is told in training")
 
 
-class RectifiedFlow:
-    """Predict ``noise - latents`` at a random noise level; each sample counts once, with its own level's weight."""
+class RectifiedFlow(FlowTask):
+    """Rectified flow on latents of images, whose levels of noise all weigh the same."""
 
     unit: Unit = "frames"
+    encoders = Encoders
 
-    def __init__(self, recipe: FluxRecipe, config: FluxConfig) -> None:
-        self.recipe, self.config = recipe, config
-
-    def data(self, rank: int, ranks: int) -> Loader:
+    def open(self, rank: int, ranks: int) -> Loader:
         """Open the recipe's images, or what was prepared of them, for one data rank."""
-        if self.recipe.data.encoders is not None:
-            # Features need none, but what is exported of the run has them from there.
-            check_parts(self.recipe.data.encoders, NEEDED, "data.encoders=")
         return open_data(self.recipe, self.config, rank, ranks)
 
     def synthetic(self, rank: int, ranks: int) -> Loader:
         """Return random latents and texts of the recipe's size."""
         return synthetic_data(self.recipe, self.config, rank, ranks)
 
-    def encode(self, batch: Batch) -> Batch:
-        """Encode images and captions if they are not yet, then add noise and the strength of guidance."""
-        if "video" in batch:
-            batch = self._encoders(batch["video"].device).batch(batch, self.recipe.data.text_tokens)
-        noised = add_noise(batch["latents"], batch["seeds"], self.recipe.flow)
-        out = {
-            "x": noised.x,
-            "time": noised.time,
-            "text": batch["text"],
-            "pooled": batch["pooled"],
-            "velocity": noised.velocity,
-            "weight": noised.weight,
-        }
+    def encoded(self, encoders: Encoders, batch: Batch) -> Batch:
+        """Encode images, captions and references."""
+        return encoders.batch(batch, self.recipe.data.text_tokens)
+
+    def inputs(self, noised: Noised, batch: Batch) -> Batch:
+        """Return noisy latents, time, texts, the strength of guidance and for Kontext the reference."""
+        read = {"x": noised.x, "time": noised.time, "text": batch["text"], "pooled": batch["pooled"]}
         if self.config.guidance_embeds:
-            out["guidance"] = torch.full_like(noised.time, self.recipe.guidance)
+            read["guidance"] = torch.full_like(noised.time, self.recipe.guidance)
         if self.config.kontext:
-            out["reference"] = batch["reference"]
-        return out
-
-    @functools.cache  # noqa: B019  (a task lives as long as its run)
-    def _encoders(self, device: torch.device) -> Encoders:
-        return Encoders(self.recipe.data.encoder_folder(self.recipe.init_from), device)
-
-    def count(self, batch: Batch) -> int:
-        """Return the number of samples."""
-        return len(batch["seeds"]) if "seeds" in batch else len(batch["x"])
+            read["reference"] = batch["reference"]
+        return read
 
     def work(self, batch: Batch) -> Work:
         """Return samples, as many frames, and training FLOPs, those of the network alone."""
@@ -94,10 +72,6 @@ class RectifiedFlow:
             texts = batch["text"].shape[1]
         flops = forward_flops(self.config, texts, images, reference)
         return Work(samples, samples, self.recipe.passes * samples * flops)
-
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the sum over samples of the weighted mean squared error."""
-        return velocity_loss(output, batch["velocity"], batch["weight"])
 
 
 def forward_flops(config: FluxConfig, texts: int, images: int, reference: int = 0) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import DIFFUSERS, Cat, Layout, Row, Same, SwapHalves, Table
+from mindspeed_model_core.layout import Cat, Layout, Row, Same, SwapHalves, Table
+from mindspeed_model_core.pipelines import PipelineNetwork, complete_pipeline
 from mindspeed_model_core.recipe import validate
-from mindspeed_model_core.tensorfile import Reader, Safetensors, Spec, Writer, read_json, write_json
-from mindspeed_model_core.translation import VERSION, Sizes, check_fixed, complete_pipeline
+from mindspeed_model_core.tensorfile import Reader, Safetensors, Spec, Writer, read_json
+from mindspeed_model_core.translation import Sizes
 
 from .config import PRESETS, FluxConfig
 from .model import Flux
@@ -107,20 +108,9 @@ def _layer(ours: str, theirs: str | tuple[str, ...], sizes: tuple[int, ...]) -> 
 
 # ------------------------------------------------------------------------------------------------ hub
 
-_FOLDER = "transformer"
-_CLASS = "FluxTransformer2DModel"
-_FIXED: dict[str, Any] = {"patch_size": 1, "out_channels": None}
+_NETWORK = PipelineNetwork("FluxTransformer2DModel", "FLUX.1", {"patch_size": 1, "out_channels": None})
 _FIELDS = tuple(name for name in FluxConfig.model_fields if name != "kontext")
 _PIPELINE, _KONTEXT = "FluxPipeline", "FluxKontextPipeline"
-
-
-def _transformer(folder: Path) -> Path:
-    return folder / _FOLDER if (folder / _FOLDER / "config.json").is_file() else folder
-
-
-def _is_hub(folder: Path) -> bool:
-    path = _transformer(folder) / "config.json"
-    return path.is_file() and read_json(path).get("_class_name") == _CLASS
 
 
 def read_hub_config(folder: Path) -> FluxConfig:
@@ -128,9 +118,7 @@ def read_hub_config(folder: Path) -> FluxConfig:
 
     UserError names a setting that FLUX.1 does not have.
     """
-    path = _transformer(folder) / "config.json"
-    raw = read_json(path)
-    check_fixed(raw, _FIXED, path, "FLUX.1")
+    path, raw = _NETWORK.config(folder), _NETWORK.read(folder)
     values = {key: raw[key] for key in _FIELDS if raw.get(key) is not None}
     index = path.parent.parent / "model_index.json"
     values["kontext"] = index.is_file() and read_json(index).get("_class_name") == _KONTEXT
@@ -139,10 +127,7 @@ def read_hub_config(folder: Path) -> FluxConfig:
 
 def write_hub_config(config: FluxConfig, folder: Path, dtype: torch.dtype) -> None:
     """Write the transformer's config.json as diffusers does."""
-    fields = config.model_dump(mode="json", include=set(_FIELDS))
-    write_json(
-        folder / _FOLDER / "config.json", {"_class_name": _CLASS, "_diffusers_version": VERSION, **fields, **_FIXED}
-    )
+    _NETWORK.write(folder, config.model_dump(mode="json", include=set(_FIELDS)))
 
 
 _PARTS = {
@@ -151,7 +136,7 @@ _PARTS = {
     "text_encoder_2": ("transformers", "T5EncoderModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "tokenizer_2": ("transformers", "T5TokenizerFast"),
-    "transformer": ("diffusers", _CLASS),
+    "transformer": ("diffusers", _NETWORK.kind),
     "vae": ("diffusers", "AutoencoderKL"),
 }
 SCHEDULER: dict[str, Any] = {
@@ -171,20 +156,14 @@ def complete_hub(config: FluxConfig, folder: Path) -> None:
     complete_pipeline(folder, _KONTEXT if config.kontext else _PIPELINE, _PARTS, SCHEDULER)
 
 
-HUB = Layout(
-    name="hub",
-    describe="transformer/config.json with transformer/diffusion_pytorch_model.safetensors",
+HUB = _NETWORK.layout(
     build=Flux,
     table=lambda config: Table(*_rows(config, _HUB)),
-    detect=_is_hub,
     read_config=read_hub_config,
     write_config=write_hub_config,
-    files=Safetensors("diffusion_pytorch_model", _FOLDER),
-    config_file=f"{_FOLDER}/config.json",
     loose=("kontext",),
-    parts=tuple(part for part in _PARTS if part != _FOLDER),
+    parts=_PARTS,
     complete=complete_hub,
-    adapter=DIFFUSERS,
 )
 
 # ------------------------------------------------------------------------------------------------ original

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import torch
 from mindspeed_model_core import device as devices
-from mindspeed_model_core.flow import FlowConfig, add_noise, velocity_loss
-from mindspeed_model_core.frozen import check_parts
+from mindspeed_model_core.flow import FlowConfig, FlowTask, Noised
 from mindspeed_model_core.recipe import Recipe
-from mindspeed_model_core.task import Loader, Unit, Work
+from mindspeed_model_core.task import Loader, Work
 from mindspeed_model_core.trunk import Batch
-from torch import Tensor
 
 from .config import Wan21Config
 from .data import WanData, given_mask, open_data, synthetic_data
-from .encoders import NEEDED
+from .encoders import Encoders
 from .model import TEXT_TOKENS
 
 
@@ -28,53 +24,31 @@ class Wan21Recipe(Recipe):
     flow: FlowConfig = FlowConfig()
 
 
-class FlowMatching:
-    """Predict ``noise - latents`` at a random noise level; each sample counts once, with its own level's weight."""
+class FlowMatching(FlowTask):
+    """Flow matching on latents of videos."""
 
-    unit: Unit = "samples"
+    encoders = Encoders
 
-    def __init__(self, recipe: Wan21Recipe, config: Wan21Config) -> None:
-        self.recipe, self.config = recipe, config
-
-    def data(self, rank: int, ranks: int) -> Loader:
+    def open(self, rank: int, ranks: int) -> Loader:
         """Open the recipe's videos, or what was prepared of them, for one data rank."""
-        if self.recipe.data.encoders is not None:
-            # Features need none, but what is exported of the run has them from there.
-            check_parts(self.recipe.data.encoders, NEEDED, "data.encoders=")
         return open_data(self.recipe, self.config, rank, ranks)
 
     def synthetic(self, rank: int, ranks: int) -> Loader:
         """Return random latents and texts of the recipe's size."""
         return synthetic_data(self.recipe, self.config, rank, ranks)
 
-    def encode(self, batch: Batch) -> Batch:
-        """Encode videos and captions if they are not yet, then add noise, and for image-to-video the given frames."""
-        if "video" in batch:
-            batch = self._encoders(batch["video"].device).batch(batch, self.config.conditioning)
-        noised = add_noise(batch["latents"], batch["seeds"], self.recipe.flow)
+    def encoded(self, encoders: Encoders, batch: Batch) -> Batch:
+        """Encode videos, captions and the frames that are given."""
+        return encoders.batch(batch, self.config.conditioning)
+
+    def inputs(self, noised: Noised, batch: Batch) -> Batch:
+        """Return noisy latents, time and text, and for image-to-video the given frames, in ``x`` and to CLIP."""
         x = noised.x
         if self.config.image_dim is not None:
             mask = devices.send(given_mask(x.shape[2:], self.config).to(x.dtype), x.device)
             x = torch.cat((x, mask.expand(len(x), *mask.shape), batch["condition"].to(x)), 1)
         image = {"image": batch["image"]} if "image" in batch else {}
-        return {
-            "x": x,
-            "time": noised.time,
-            "text": batch["text"],
-            **image,
-            "velocity": noised.velocity,
-            "weight": noised.weight,
-        }
-
-    @functools.cache  # noqa: B019  (a task lives as long as its run)
-    def _encoders(self, device: torch.device) -> Any:
-        from .encoders import Encoders
-
-        return Encoders(self.recipe.data.encoder_folder(self.recipe.init_from), device)
-
-    def count(self, batch: Batch) -> int:
-        """Return the number of samples."""
-        return len(batch["seeds"]) if "seeds" in batch else len(batch["x"])
+        return {"x": x, "time": noised.time, "text": batch["text"], **image}
 
     def work(self, batch: Batch) -> Work:
         """Return samples and training FLOPs, those of the network alone."""
@@ -87,10 +61,6 @@ class FlowMatching:
         tokens = math.prod(size // patch for size, patch in zip(shape, config.patch_size, strict=True))
         images = batch["image"].shape[1] if "image" in batch else 0
         return Work(samples, samples, self.recipe.passes * samples * forward_flops(config, tokens, images))
-
-    def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the sum over samples of the weighted mean squared error."""
-        return velocity_loss(output, batch["velocity"], batch["weight"])
 
 
 def forward_flops(config: Wan21Config, tokens: int, images: int = 0) -> float:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import DIFFUSERS, Cat, Layout, Op, Reshape, Row, Same, Table
+from mindspeed_model_core.layout import Cat, Layout, Op, Reshape, Row, Same, Table
+from mindspeed_model_core.pipelines import PipelineNetwork, complete_pipeline
 from mindspeed_model_core.recipe import validate
 from mindspeed_model_core.tensorfile import Safetensors, read_json, write_json
-from mindspeed_model_core.translation import VERSION, Sizes, check_fixed, complete_pipeline
+from mindspeed_model_core.translation import Sizes
 
 from .config import Wan21Config
 from .model import TEXT_TOKENS, Wan21
@@ -107,54 +107,36 @@ def _reshapes(config: Wan21Config) -> Mapping[str, Op]:
 
 # ------------------------------------------------------------------------------------------------ hub
 
-_FOLDER = "transformer"
-_HUB_FIXED: dict[str, Any] = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
-_HUB_FIELDS = tuple(Wan21Config.model_fields)
-
-
-def _transformer(folder: Path) -> Path:
-    return folder / _FOLDER if (folder / _FOLDER / "config.json").is_file() else folder
-
-
-def _is_hub(folder: Path) -> bool:
-    path = _transformer(folder) / "config.json"
-    return path.is_file() and read_json(path).get("_class_name") == "WanTransformer3DModel"
+_NETWORK = PipelineNetwork(
+    "WanTransformer3DModel", "Wan2.1", {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
+)
 
 
 def read_hub_config(folder: Path) -> Wan21Config:
     """Read the transformer's config.json; UserError names a setting that Wan2.1 does not have."""
-    path = _transformer(folder) / "config.json"
-    raw = read_json(path)
-    check_fixed(raw, _HUB_FIXED, path, "Wan2.1")
-    values = {key: raw[key] for key in _HUB_FIELDS if raw.get(key) is not None}
+    path, raw = _NETWORK.config(folder), _NETWORK.read(folder)
+    values = {key: raw[key] for key in Wan21Config.model_fields if raw.get(key) is not None}
     config = validate(Wan21Config, values, str(path))
-    added = config.width if config.image_dim else None
-    if raw.get("added_kv_proj_dim") != added:
-        raise UserError(
-            f"{path}: added_kv_proj_dim={raw.get('added_kv_proj_dim')!r} is not supported, Wan2.1 has {added} here"
-        )
+    if raw.get("added_kv_proj_dim") != _added(config):
+        said = raw.get("added_kv_proj_dim")
+        raise UserError(f"{path}: added_kv_proj_dim={said!r} is not supported, Wan2.1 has {_added(config)} here")
     return config
 
 
 def write_hub_config(config: Wan21Config, folder: Path, dtype: torch.dtype) -> None:
     """Write the transformer's config.json as diffusers does."""
-    write_json(
-        folder / _FOLDER / "config.json",
-        {
-            "_class_name": "WanTransformer3DModel",
-            "_diffusers_version": VERSION,
-            **config.model_dump(mode="json"),
-            "added_kv_proj_dim": config.width if config.image_dim else None,
-            **_HUB_FIXED,
-        },
-    )
+    _NETWORK.write(folder, {**config.model_dump(mode="json"), "added_kv_proj_dim": _added(config)})
+
+
+def _added(config: Wan21Config) -> int | None:
+    return config.width if config.image_dim else None
 
 
 _PARTS = {
     "scheduler": ("diffusers", "UniPCMultistepScheduler"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
     "tokenizer": ("transformers", "T5TokenizerFast"),
-    "transformer": ("diffusers", "WanTransformer3DModel"),
+    "transformer": ("diffusers", _NETWORK.kind),
     "vae": ("diffusers", "AutoencoderKLWan"),
 }
 _IMAGE_PARTS = {
@@ -182,22 +164,16 @@ def _from_release(config: Wan21Config, origin: Path) -> Callable[[Path], None] |
     return translate(origin, image=config.image_dim is not None)
 
 
-HUB = Layout(
-    name="hub",
-    describe="transformer/config.json with transformer/diffusion_pytorch_model.safetensors",
+HUB = _NETWORK.layout(
     build=Wan21,
     table=lambda config: Table(*_rows(config, _HUB)),
-    detect=_is_hub,
     read_config=read_hub_config,
     write_config=write_hub_config,
-    files=Safetensors("diffusion_pytorch_model", _FOLDER),
-    config_file=f"{_FOLDER}/config.json",
     loose=("rope_max_seq_len",),
     extras=("model_index.json",),
-    parts=(*(part for part in _PARTS if part != _FOLDER), *_IMAGE_PARTS),
+    parts=(*_PARTS, *_IMAGE_PARTS),
     companions=_from_release,
     complete=complete_hub,
-    adapter=DIFFUSERS,
 )
 
 # ------------------------------------------------------------------------------------------------ original
