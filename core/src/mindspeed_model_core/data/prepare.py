@@ -16,15 +16,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from .. import device as devices
+from .. import launch
 from ..errors import UserError
 from ..recipe import validate
 from ..tensorfile import publish, read_json, write_json
@@ -49,7 +52,17 @@ GRACE = 60.0
 
 _SKIP = "--on-bad skip"
 
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; give it as data.path.")]
+Ratios = Annotated[
+    list[str] | None,
+    typer.Option("--ratio", metavar="W:H", help=r"An aspect to keep; several times.  \[default: that of the size]"),
+]
+OnBad = Annotated[str, typer.Option(metavar="[stop|skip]", help="What a file that cannot be used does.")]
+ShardSize = Annotated[int, typer.Option(metavar="MB", min=1, help="Size of the files written.")]
+NProc = Annotated[str | None, typer.Option(metavar="N", help="Processes on this machine; auto: one per accelerator.")]
+
 D = TypeVar("D", bound=PictureData)
+E = TypeVar("E")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -62,6 +75,26 @@ def from_options(kind: type[D], values: Mapping[str, Any]) -> D:
         field, said = re.fullmatch(r": (\w+)(?:\.\d+)?(.*)", str(error)).groups()  # type: ignore[union-attr]
         name = "ratio" if field == "ratios" else field.replace("_", "-")
         raise UserError(f"--{name}{said}") from None
+
+
+def in_processes(nproc: str | None, work: Callable[[], str]) -> None:
+    """Run ``work``, which ends in a call of ``prepare``, in so many processes, and print the line it returns."""
+    if nproc is not None:
+        launch.refuse_nested()
+        count = launch.count(nproc)
+        if count > 1:
+            raise typer.Exit(launch.spawn(count, launch.command_without_nproc(), grace=GRACE))
+    line = work()
+    if launch.first_rank():
+        typer.echo(line)
+
+
+def open_encoders(kind: Callable[[Path, torch.device], E], folder: Path) -> E:
+    """Return the frozen parts that a command's ``--encoders`` names, on the device; a mistake names the option."""
+    try:
+        return kind(folder.expanduser(), devices.pick())
+    except UserError as error:
+        raise UserError(f"--{error}") from None  # it begins with the name that the option has, too
 
 
 class Job:

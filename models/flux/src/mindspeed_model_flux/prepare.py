@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mindspeed_model_core import device as devices
-from mindspeed_model_core import launch
 from mindspeed_model_core.data.media import Item, read_items
-from mindspeed_model_core.data.prepare import GRACE, from_options
+from mindspeed_model_core.data.prepare import (
+    Destination,
+    NProc,
+    OnBad,
+    Ratios,
+    ShardSize,
+    from_options,
+    in_processes,
+    open_encoders,
+)
 from mindspeed_model_core.data.prepare import prepare as prepare_items
-from mindspeed_model_core.errors import UserError
 from torch import Tensor
 
 from .data import FluxData
@@ -34,10 +40,7 @@ def prepare(
     core's ``prepare`` does.
     """
     items = read_items(source, prompt=data.prompt, references=pairs)
-    try:
-        opened = Encoders(encoders.expanduser(), devices.pick())
-    except UserError as error:
-        raise UserError(f"--{error}") from None  # it begins with the name that the option has, too
+    opened = open_encoders(Encoders, encoders)
 
     def encode(item: Item, frames: Tensor) -> dict[str, Tensor]:
         latents = opened.images(frames)
@@ -63,17 +66,14 @@ def prepare_command(
             help="A .jsonl or .csv file, path and caption of an image on each line; or a folder of images.",
         ),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; give it as data.path.")],
+    destination: Destination,
     encoders: Annotated[
         Path,
         typer.Option(metavar="DIR", help="The folder with vae/, text_encoder/, text_encoder_2/ and their tokenizers."),
     ],
     height: Annotated[int, typer.Option(metavar="N", help="Pixels.")] = 1024,
     width: Annotated[int, typer.Option(metavar="N", help="Pixels.")] = 1024,
-    ratio: Annotated[
-        list[str] | None,
-        typer.Option(metavar="W:H", help="An aspect images may keep; several times.  \\[default: that of the size]"),
-    ] = None,
+    ratio: Ratios = None,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="The caption of images in a folder that have no .txt beside them."),
@@ -82,11 +82,9 @@ def prepare_command(
         bool, typer.Option("--pairs", help="Each line has a reference, from which the image is made, for Kontext.")
     ] = False,
     text_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of T5 that captions are brought to.")] = 512,
-    on_bad: Annotated[str, typer.Option(metavar="[stop|skip]", help="What a file that cannot be used does.")] = "stop",
-    shard_size: Annotated[int, typer.Option(metavar="MB", min=1, help="Size of the files written.")] = 512,
-    nproc: Annotated[
-        str | None, typer.Option(metavar="N", help="Processes on this machine; auto: one per accelerator.")
-    ] = None,
+    on_bad: OnBad = "stop",
+    shard_size: ShardSize = 512,
+    nproc: NProc = None,
 ) -> None:
     """Encode images and captions once, so that training reads features and no encoder runs in it.
 
@@ -101,11 +99,6 @@ def prepare_command(
     """
     given = {"height": height, "width": width, "text_tokens": text_tokens, "on_bad": on_bad, "prompt": prompt}
     data = from_options(FluxData, {**given, "ratios": tuple(ratio or ())})
-    if nproc is not None:
-        launch.refuse_nested()
-        count = launch.count(nproc)
-        if count > 1:
-            raise typer.Exit(launch.spawn(count, launch.command_without_nproc(), grace=GRACE))
-    done_line = prepare(source, destination, encoders, data, pairs=pairs, shard_bytes=shard_size * 10**6)
-    if launch.first_rank():
-        typer.echo(done_line)
+    in_processes(
+        nproc, lambda: prepare(source, destination, encoders, data, pairs=pairs, shard_bytes=shard_size * 10**6)
+    )

@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mindspeed_model_core import device as devices
-from mindspeed_model_core import launch
 from mindspeed_model_core.data.media import Item, read_list
-from mindspeed_model_core.data.prepare import GRACE, from_options
+from mindspeed_model_core.data.prepare import (
+    Destination,
+    NProc,
+    OnBad,
+    Ratios,
+    ShardSize,
+    from_options,
+    in_processes,
+    open_encoders,
+)
 from mindspeed_model_core.data.prepare import prepare as prepare_items
 from mindspeed_model_core.errors import UserError, nearest
 from torch import Tensor
@@ -43,10 +50,7 @@ def prepare(
         )
     if conditioning != "none" and not (encoders / IMAGE).is_dir():
         raise UserError(f"--encoders={encoders}: no {IMAGE}/ there, which --conditioning {conditioning} needs")
-    try:
-        opened = Encoders(encoders, devices.pick())
-    except UserError as error:
-        raise UserError(f"--{error}") from None  # it begins with the name that the option has, too
+    opened = open_encoders(Encoders, encoders)
 
     def encode(item: Item, frames: Tensor) -> dict[str, Tensor]:
         video = frames[None]
@@ -69,7 +73,7 @@ def prepare_command(
     source: Annotated[
         Path, typer.Argument(metavar="LIST", help="A .jsonl or .csv file: path and caption of a clip on each line.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write; give it as data.path.")],
+    destination: Destination,
     encoders: Annotated[
         Path, typer.Option(metavar="DIR", help="The folder with vae/, text_encoder/, tokenizer/ and image_encoder/.")
     ],
@@ -80,19 +84,14 @@ def prepare_command(
         typer.Option(metavar="N", help="A length, 4n + 1; several times: the longest filled.  \\[default: 81]"),
     ] = None,
     fps: Annotated[float, typer.Option(metavar="F", help="Frames per second clips are sampled at.")] = 16.0,
-    ratio: Annotated[
-        list[str] | None,
-        typer.Option(metavar="W:H", help="An aspect clips may keep; several times.  \\[default: that of the size]"),
-    ] = None,
+    ratio: Ratios = None,
     conditioning: Annotated[
         str,
         typer.Option(metavar="[none|first|first-last]", help="Frames given to the network, for image-to-video."),
     ] = "none",
-    on_bad: Annotated[str, typer.Option(metavar="[stop|skip]", help="What a file that cannot be used does.")] = "stop",
-    shard_size: Annotated[int, typer.Option(metavar="MB", min=1, help="Size of the files written.")] = 512,
-    nproc: Annotated[
-        str | None, typer.Option(metavar="N", help="Processes on this machine; auto: one per accelerator.")
-    ] = None,
+    on_bad: OnBad = "stop",
+    shard_size: ShardSize = 512,
+    nproc: NProc = None,
 ) -> None:
     """Encode a list of clips once, so that training reads features and no encoder runs in it.
 
@@ -108,11 +107,6 @@ def prepare_command(
         raise UserError(f"--conditioning={conditioning}: no such choice{nearest(conditioning, _CONDITIONING)}")
     given = {"height": height, "width": width, "fps": fps, "on_bad": on_bad}
     data = from_options(WanData, {**given, "frames": tuple(frames or (81,)), "ratios": tuple(ratio or ())})
-    if nproc is not None:
-        launch.refuse_nested()
-        count = launch.count(nproc)
-        if count > 1:
-            raise typer.Exit(launch.spawn(count, launch.command_without_nproc(), grace=GRACE))
-    done_line = prepare(source, destination, encoders, data, conditioning, shard_bytes=shard_size * 10**6)
-    if launch.first_rank():
-        typer.echo(done_line)
+    in_processes(
+        nproc, lambda: prepare(source, destination, encoders, data, conditioning, shard_bytes=shard_size * 10**6)
+    )
