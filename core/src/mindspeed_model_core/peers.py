@@ -138,7 +138,7 @@ class Side:
         if self.recipe.recompute_keep != "nothing":
             words.append(f"{self.recipe.recompute_keep} kept")
         if self.recipe.compile and self.peer is None:
-            words.append("compiled")
+            words.append("compiled whole" if self.recipe.compile == "whole" else "compiled")
         if self.recipe.lora is not None:
             words.append(f"rank {self.recipe.lora.rank}")
         extra = "" if self.peer is None else self.peer.settings

@@ -40,6 +40,7 @@ NOTHING_TO_KEEP = (
     "recompute_keep=attention: plain formulas (optimization_level=0, or MINDSPEED_MODEL_OPS=reference) have no result "
     "of attention to keep; nearest: recompute_keep=nothing"
 )
+Compile = bool | Literal["whole"]
 Precision = Literal["bf16", "bf16-pure", "fp32", "fp64"]
 
 
@@ -247,8 +248,10 @@ class Recipe(Section):
     optimization_level: Annotated[Literal[0, 1, 2], _NUMBER] = optional(
         2, description="0: plain formulas; 1: fused ops; 2: also communication that overlaps computation"
     )
-    compile: bool = optional(
-        False, description="compile each block with torch.compile: fewer passes over memory, a slow first step"
+    compile: Compile = optional(
+        False,
+        description="compile each block with torch.compile: fewer passes over memory, a slow first step; whole: the "
+        "network as one graph, for small ones",
     )
     lora: LoraConfig | None = optional(description="train adapters instead of the weights, which init_from names")
     optim: OptimConfig = OptimConfig()
@@ -263,6 +266,13 @@ class Recipe(Section):
         count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         if not count and value not in ("none", "all", "auto"):
             raise ValueError("must be none, all, auto, or a number of blocks from 0")
+        return value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _graphs(cls, value: Any) -> Any:
+        if not isinstance(value, bool) and value != "whole":
+            raise ValueError("must be true, false or whole")
         return value
 
     @model_validator(mode="after")
@@ -286,6 +296,16 @@ class Recipe(Section):
                 f"parallel.tp={self.parallel.tp}: what ranks exchange within a block is not compiled; set "
                 "parallel.tp=1, or compile=false"
             )
+        if self.compile == "whole":
+            cut = self.parallel
+            whole = {"recompute": (self.recompute or "none", "none"), "parallel.pp": (cut.pp, 1),
+                     "parallel.cp": (cut.cp, 1), "parallel.shard": (cut.shard, "none")}  # fmt: skip
+            for name, (value, needed) in whole.items():
+                if value != needed:
+                    raise ValueError(
+                        f"{name}={value}: blocks of a network that is one graph are not told apart; set "
+                        f"{name}={needed}, or compile=true"
+                    )
         if self.compile and self.lora is not None and self.lora.dropout > 0:
             raise ValueError(
                 f"lora.dropout={self.lora.dropout}: what is drawn at random is not compiled; set lora.dropout=0, or "

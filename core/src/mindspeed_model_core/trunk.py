@@ -50,11 +50,11 @@ class Trunk(nn.Module, ABC):
     ``finish`` uses, ``tied`` those both use: of pipeline stages, the first and the last hold them alike. Everything
     that carries a gradient from block to block is in the State; what can be computed from the batch alone is in the
     Context, made anew on every pipeline stage. ``compiles`` says that blocks may be compiled, ``compiled`` that they
-    are. ``streams`` says that tokens are of several kinds (text, image) with layers of their own, so that what a layer
-    sees is not always a run of all tokens. ``recompute`` is how many of the blocks held here run again in backward, but
-    for their attention if that is what ``recompute_keep`` says. ``sequence_ranks`` ranks share the tokens between
-    tensor-parallel regions, those of ``cp`` share them over whole blocks. ``noise`` is set where layers draw random
-    numbers in training.
+    are, or with ``graph`` all that comes after the Context. ``streams`` says that tokens are of several kinds (text,
+    image) with layers of their own, so that what a layer sees is not always a run of all tokens. ``recompute`` is how
+    many of the blocks held here run again in backward, but for their attention if that is what ``recompute_keep`` says.
+    ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole
+    blocks. ``noise`` is set where layers draw random numbers in training.
     """
 
     first: tuple[str, ...] = ()
@@ -63,6 +63,7 @@ class Trunk(nn.Module, ABC):
     blocks: nn.ModuleList
     compiles: bool = False
     compiled: bool = False
+    graph: Callable[..., Tensor | State] | None = None
     streams: bool = False
     recompute: int = 0
     recompute_keep: str = "nothing"
@@ -140,8 +141,15 @@ class Trunk(nn.Module, ABC):
             drawn = (int(torch.randint(2**62, ())), self.tokens(batch))
             self.noise.seed, self.noise.tokens = drawn
             step = partial(self._step_with, drawn)
+        run = self.run
         if self.compiled and not self._has_graphs(context):
             step = partial(_uncompiled, step)
+        elif self.graph is not None:
+            run = self.graph
+        return run(step, batch, context, state)
+
+    def run(self, step: Callable[..., State], batch: Batch, context: Context, state: State | None) -> Tensor | State:
+        """Run what this process holds, its blocks by ``step``, given a batch's Context."""
         if state is None:
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):

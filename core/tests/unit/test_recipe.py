@@ -72,6 +72,12 @@ def test_what_is_compiled_is_whole_and_keeps_nothing() -> None:
     assert "recompute_keep=attention: a compiled block" in refused("base", *kept)
 
 
+@pytest.mark.parametrize("cut", ["recompute=1", "parallel.pp=2", "parallel.cp=2", "parallel.shard=zero1"])
+def test_one_graph_is_of_a_network_that_is_not_cut(cut: str) -> None:
+    assert f"{cut}: blocks of a network that is one graph" in refused("base", "compile=whole", cut)
+    assert load("base", "compile=whole", "recompute=0").compile == "whole"
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     assert "did you mean 'base'" in refused("bass")
     assert "no such file" in refused("missing.yaml")
@@ -95,7 +101,7 @@ def test_unknown_key_names_path_and_nearest() -> None:
         ("parallel.sequence=true", ("sequence=true needs tp of 2 or more",)),
         ("parallel.overlap_chunks=2", ("overlap_chunks=2 needs tp of 2 or more", "parallel.overlap_chunks=1")),
         ("parallel.overlap_chunks=3", ("parallel.overlap_chunks=3", "1, 2, 4 or 8")),
-        ("compile=1.5", ("compile=1.5",)),
+        ("compile=1.5", ("compile=1.5", "must be true, false or whole")),
         ("optimization_level=true", ("optimization_level=True", "must be a number")),
         ("parallel.overlap_chunks=16", ("parallel.overlap_chunks=16", "did you mean '8'")),
         ("optim=3", ("optim", "3")),

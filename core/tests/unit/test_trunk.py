@@ -37,8 +37,8 @@ def test_the_first_blocks_run_again_with_the_same_random_numbers(count):
 
 @pytest.mark.parametrize(("kind", "said"), [("cpu", "this network's blocks cannot"), ("npu", "for CUDA and CPU alone")])
 def test_what_cannot_be_compiled_is_refused(kind, said):
-    with pytest.raises(UserError, match=f"compile=true: .*{said}"):
-        apply._compile(toy.Toy(toy.ToyConfig()), SimpleNamespace(type=kind))
+    with pytest.raises(UserError, match=f"compile: .*{said}"):
+        apply._compile(toy.Toy(toy.ToyConfig()), SimpleNamespace(type=kind), True)
 
 
 class Numbered(toy.Toy):

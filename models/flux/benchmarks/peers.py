@@ -47,7 +47,7 @@ def peer(mode: str, *overrides: str) -> Peer:
     return Peer("diffusers", build, loss, mode=mode, overrides=overrides)
 
 
-COMPILED = "compile=true"
+COMPILED, ONE_GRAPH = "compile=true", "compile=whole"
 WHOLE, AGAIN, KEEP = "recompute=none", "recompute=all", "recompute_keep=attention"
 ONE_DEVICE = ("global_batch=16", "micro_batch=16", "precision=bf16-pure", "parallel.shard=none")
 SMALL = ("data.height=256", "data.width=256", "data.synthetic=[256,256]")
@@ -58,7 +58,7 @@ COMPARISONS = (
     # All weights with their moments are 96 GB in bf16.
     Comparison("dev", "dev-256", overrides=ONE_DEVICE, ours=OURS, peers=PEERS),
     Comparison("dev-lora", "dev-lora", overrides=(*ONE_DEVICE, *SMALL), ours=OURS, peers=PEERS),
-    Comparison("tiny", "tiny", ours=((), (COMPILED,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
+    Comparison("tiny", "tiny", ours=((), (ONE_GRAPH,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
     Comparison(
         "tiny-lora", "tiny", overrides=("lora={rank: 4, targets: [blocks.*]}",), peers=(peer("eager"),), tiny=True
     ),

@@ -11,7 +11,7 @@ import torch
 from mindspeed_model_core import lora
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing.equivalence import LAYOUTS, Job, assert_equivalent
-from mindspeed_model_core.testing.suite import ModelSuite
+from mindspeed_model_core.testing.suite import COMPILED, ModelSuite
 from mindspeed_model_core.testing.tolerance import FP64
 from mindspeed_model_core.trunk import Batch, Trunk
 from mindspeed_model_flux import MODEL
@@ -123,7 +123,7 @@ class TestTextToImage(FluxSuite):
     layouts = {
         name: layout for name, layout in LAYOUTS.items() if name not in ("tp2-sequence-chunks", "tp2-pp2-dp2-zero1")
     }
-    compiled = {"one-recomputed": (1, {}, "all")}
+    compiled = {"one-recomputed": COMPILED["one-recomputed"]}
 
     @pytest.mark.dist
     @pytest.mark.parametrize("spread", CONTEXT)

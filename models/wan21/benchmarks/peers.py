@@ -39,7 +39,7 @@ def peer(mode: str, *overrides: str) -> Peer:
 
 
 WHOLE, AGAIN, KEEP = "recompute=none", "recompute=all", "recompute_keep=attention"
-MASTERS, COMPILED = "precision=bf16", "compile=true"
+MASTERS, ONE_GRAPH = "precision=bf16", "compile=whole"
 ONE_DEVICE = ("global_batch=1", "precision=bf16-pure", "parallel.shard=none")
 PEERS = tuple(peer(mode, how) for mode in ("eager", COMPILE) for how in (WHOLE, AGAIN))
 
@@ -57,7 +57,7 @@ COMPARISONS = (
         ours=((WHOLE,), (AGAIN,), (AGAIN, KEEP)),
         peers=PEERS,
     ),
-    Comparison("tiny", "tiny-t2v", ours=((), (COMPILED,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
+    Comparison("tiny", "tiny-t2v", ours=((), (ONE_GRAPH,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
     Comparison("tiny-lora", "tiny-t2v", overrides=("lora={rank: 4}",), peers=(peer("eager"),), tiny=True),
 )
 

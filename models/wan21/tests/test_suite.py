@@ -109,7 +109,7 @@ class Wan21Suite(ModelSuite):
 
 class TestTextToVideo(Wan21Suite):
     preset = "tiny-t2v"
-    compiled = {"cp2-recomputed": (2, {"cp": 2}, "all")}
+    compiled = {"cp2-recomputed": (2, {"cp": 2}, {"recompute": "all"})}
 
     @pytest.mark.dist
     @pytest.mark.parametrize("spread", CONTEXT)

@@ -34,7 +34,7 @@ def peer(mode: str, *overrides: str) -> Peer:
 
 
 ONE_DEVICE = ("global_batch=8", "precision=bf16-pure", "parallel.shard=none")
-AGAIN, COMPILED = "recompute=all", "compile=true"
+AGAIN, COMPILED, ONE_GRAPH = "recompute=all", "compile=true", "compile=whole"
 
 COMPARISONS = (
     Comparison(
@@ -44,7 +44,7 @@ COMPARISONS = (
         ours=((), (AGAIN,), (COMPILED,), ("precision=bf16",)),
         peers=tuple(peer(mode, *how) for mode in ("eager", COMPILE) for how in ((), (AGAIN,))),
     ),
-    Comparison("tiny", "mini", ours=((), (COMPILED,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
+    Comparison("tiny", "mini", ours=((), (ONE_GRAPH,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),
 )
 
 if __name__ == "__main__":

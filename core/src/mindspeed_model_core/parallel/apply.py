@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import lora
 from ..errors import UserError
 from ..ops.table import raise_graph_limit
-from ..recipe import ParallelConfig, Precision
+from ..recipe import Compile, ParallelConfig, Precision
 from ..trunk import Trunk
 from .context import ContextParallel, ContextShared
 from .mesh import Mesh
@@ -23,7 +23,7 @@ from .shard import Gradients, Shard, collect
 from .tensor import TensorParallel
 
 BACKEND = "inductor"
-"""What compiles blocks."""
+"""What compiles networks."""
 COMPUTE = {"bf16": torch.bfloat16, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 MASTER = {"bf16": torch.float32, "bf16-pure": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -130,7 +130,7 @@ def parallelize(
     precision: Precision = "fp32",
     recompute: str | int = "none",
     recompute_keep: str = "nothing",
-    compile: bool = False,
+    compile: Compile = False,
 ) -> Parallel:
     """Cut a whole network on meta for this process and give it memory; values are still to be written.
 
@@ -145,7 +145,7 @@ def parallelize(
     net.recompute_keep = recompute_keep
     net.recompute = recomputed(recompute, len(net.blocks))
     if compile:
-        _compile(net, mesh.device)
+        _compile(net, mesh.device, compile)
     sharded = parallel.shard != "none" and bool(mesh.groups)
     compute, master = COMPUTE[precision], MASTER[precision]
     for parameter in net.parameters():
@@ -157,14 +157,17 @@ def parallelize(
     return Parallel(net, mesh, parallel, collect(net, mesh, shapes, master_dtype=master), compute)
 
 
-def _compile(net: Trunk, device: torch.device) -> None:
-    """Compile each block: alike ones share their graphs."""
+def _compile(net: Trunk, device: torch.device, what: Compile) -> None:
+    """Compile each block, of which alike ones share their graphs, or the network whole."""
     if device.type == "npu":
-        raise UserError("compile=true: blocks are compiled for CUDA and CPU alone; set compile=false")
+        raise UserError("compile: networks are compiled for CUDA and CPU alone; set compile=false")
     if not net.compiles:
-        raise UserError("compile=true: this network's blocks cannot be compiled; set compile=false")
+        raise UserError("compile: this network's blocks cannot be compiled; set compile=false")
     raise_graph_limit()
     net.compiled = True
+    if what == "whole":
+        net.graph = torch.compile(net.run, dynamic=None, backend=BACKEND)
+        return
     for block in net.blocks.children():
         block.compile(dynamic=None, backend=BACKEND)
 

@@ -14,7 +14,7 @@ from ..optim import AdamW
 from ..parallel import apply, pipeline
 from ..parallel.mesh import open_mesh
 from ..parallel.shard import Shard
-from ..recipe import OptimConfig, ParallelConfig, Precision
+from ..recipe import Compile, OptimConfig, ParallelConfig, Precision
 from ..task import Task
 from ..trunk import Batch, Trunk
 from .dist import run_dist
@@ -47,7 +47,7 @@ class Job:
     precision: Precision = "fp64"
     recompute: str | int = "none"
     recompute_keep: str = "nothing"
-    compile: bool = False
+    compile: Compile = False
 
 
 def _random(name: str, weight: Tensor, generator: torch.Generator) -> None:

@@ -81,11 +81,12 @@ def _assert_same_losses(spread: list[float], alone: list[float]) -> None:
     assert all(abs(a / b - 1) < 1e-4 for a, b in zip(spread, alone, strict=True)), (spread, alone)
 
 
-COMPILED: dict[str, tuple[int, dict[str, Any], str]] = {
-    "one-recomputed": (1, {}, "all"),
-    "dp2-zero3": (2, {"shard": "zero3"}, "none"),
+COMPILED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "one-recomputed": (1, {}, {"recompute": "all"}),
+    "one-whole": (1, {}, {"compile": "whole"}),
+    "dp2-zero3": (2, {"shard": "zero3"}, {}),
 }
-"""World, layout and recomputation under which blocks are compiled."""
+"""World, layout and changes to the job under which networks are compiled."""
 EMULATED = ("tp2-sequence", "pp2", "cp2", "dp2-zero3")
 """Layouts that are also run on emulated NPUs: each kind of communication, and sharding, over two processes."""
 needs_emulator = pytest.mark.skipif(
@@ -104,7 +105,7 @@ class ModelSuite(ABC):
     spread: dict[str, Any] = {}
     """Changes to the preset so that every layout divides it."""
     layouts: dict[str, tuple[int, dict[str, Any]]] = LAYOUTS
-    compiled: dict[str, tuple[int, dict[str, Any], str]] = COMPILED
+    compiled: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = COMPILED
     bf16: float = 0.05
     """How far apart rounding may bring a gradient in bf16, as a share of its largest element."""
     reference_options: dict[str, Any] = {}
@@ -348,8 +349,8 @@ class ModelSuite(ABC):
         """The graphs, run as they are: what makes kernels of them is PyTorch's."""
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
         monkeypatch.setattr(apply, "BACKEND", "aot_eager")
-        world, fields, recompute = self.compiled[spread_compiled]
-        job = self.job(batches=self.compiled_batches, steps=2, recompute=recompute, compile=True)
+        world, fields, changes = self.compiled[spread_compiled]
+        job = self.job(**{"batches": self.compiled_batches, "steps": 2, "compile": True, **changes})
         with torch._dynamo.config.patch(disable=False):
             assert_equivalent(job, world, fields, FP64)
 

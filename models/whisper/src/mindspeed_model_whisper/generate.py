@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .data import HOP, RATE, Line, Prompts, log_mel, read_lines
-from .model import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, Whisper
+from .model import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, Whisper, positions
 from .weights import GENERATION, generation_settings
 
 FALLBACK = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -162,7 +162,7 @@ def _in_transformers(net: Whisper, settings: dict[str, Any]) -> Any:
 def encode(net: Whisper, mel: Tensor) -> Tensor:
     """Return what the decoder attends to, ``[batch, positions, width]``, of ``mel [batch, mels, frames]``."""
     lengths = (mel.shape[2] // 2,) * len(mel)
-    x = net.hear(mel)
+    x = net.hear(mel, positions(mel, net.config))
     for block in net.blocks.children():
         if isinstance(block, EncoderBlock):
             x = block(x, lengths)

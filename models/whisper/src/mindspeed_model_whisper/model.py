@@ -189,10 +189,11 @@ class Whisper(Trunk):
         self.norm = layers.LayerNorm(width)
 
     def context(self, batch: Batch) -> Context:
-        """Return both lengths of each sample, and the labels."""
+        """Return the audio's positions, both lengths of each sample, and the labels."""
         mel, tokens, labels = batch["mel"], batch["tokens"], batch.get("labels")
         size, length = tokens.shape
         return {
+            "positions": positions(mel, self.config),
             "audio": (mel.shape[2] // 2,) * size,
             "text": (length,) * size,
             "labels": None if labels is None else labels.flatten(),
@@ -202,12 +203,11 @@ class Whisper(Trunk):
         """Return audio ``x`` and text ``y``."""
         tokens = batch["tokens"]
         y = self.embed_tokens(tokens.flatten()) + self.positions(*tokens.shape)
-        return {"x": self.hear(batch["mel"]), "y": y}
+        return {"x": self.hear(batch["mel"], context["positions"]), "y": y}
 
-    def hear(self, mel: Tensor) -> Tensor:
-        """Return what enters the encoder's first block."""
-        kind = self.audio.conv1.weight.dtype
-        return self.audio(mel.to(kind), _positions(mel.shape[2] // 2, mel.device, self.config))
+    def hear(self, mel: Tensor, positions: Tensor) -> Tensor:
+        """Return what enters the encoder's first block, given the ``positions`` of what is heard."""
+        return self.audio(mel.to(self.audio.conv1.weight.dtype), positions)
 
     def step(self, index: int, block: nn.Module, state: State, context: Context) -> State:
         """Run one block, of the encoder on audio or of the decoder on text."""
@@ -243,6 +243,11 @@ class Whisper(Trunk):
             weight.zero_()
         else:
             weight.normal_(0, self.config.init_std, generator=generator)
+
+
+def positions(mel: Tensor, config: WhisperConfig) -> Tensor:
+    """Return the audio's positions ``[length, width]``, on the device where its log-mel features are."""
+    return _positions(mel.shape[2] // 2, mel.device, config)
 
 
 @functools.lru_cache(4)
