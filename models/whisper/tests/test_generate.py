@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from mindspeed_model_core import weights
 from mindspeed_model_core.data.audio import read_audio
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_whisper import MODEL
-from mindspeed_model_whisper.data import RATE, Line, log_mel
-from mindspeed_model_whisper.generate import distance, error_rates, evaluate_command, hear, open_transcriber
-from mindspeed_model_whisper.tiny import write_tiny_tokenizer
+from mindspeed_model_whisper.data import RATE, log_mel
+from mindspeed_model_whisper.generate import open_transcriber
 
-from .speech import tone, write_wav
+from .speech import sweep, tone, write_wav
 
 CONFIG = MODEL.presets["mini"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub folder of random weights, which say something: its tokenizer came along."""
-    base = tmp_path_factory.mktemp("whisper")
-    write_tiny_tokenizer(base / "tokenizer")
-    net = open_net(MODEL, CONFIG)
-    randomise(net, seed=11)
-    weights.save(net.named_parameters(), CONFIG, MODEL.layouts[0], base / "hub", extras_from=base / "tokenizer")
-    return base / "hub"
-
-
-def sweep(seconds: float) -> torch.Tensor:
-    """Return sound that changes all the time."""
-    at = np.arange(round(seconds * RATE)) / RATE
-    return torch.from_numpy(np.sin(2 * np.pi * (200 + 300 * at) * at) * (0.5 + 0.4 * np.sin(9 * at))).float()
 
 
 def theirs(folder: Path) -> Any:
@@ -123,55 +101,3 @@ def test_silence_is_no_mistake(folder: Path, audio: Any) -> None:
 def test_a_language_that_is_none_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="language 'xx': the tokenizer knows no such language"):
         open_transcriber(folder, None, "cpu", "fp32")(sweep(0.5), language="xx")
-
-
-@pytest.mark.parametrize(
-    ("want", "got", "errors"),
-    [("a b c", "a b c", 0), ("a b c", "a c", 1), ("a b", "a x b", 1), ("a b", "b a", 2), ("", "a b", 2), ("a", "", 1)],
-)
-def test_distances(want: str, got: str, errors: int) -> None:
-    assert distance(want.split(), got.split()) == errors
-
-
-def test_error_rates_are_over_all_that_is_wanted() -> None:
-    assert error_rates([("a b c d", "a b c"), ("one", "two")]) == (2 / 5, 4 / 7)
-    with pytest.raises(UserError, match="all texts are empty"):
-        error_rates([("", "a")])
-
-
-def test_a_list_is_evaluated(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_wav(tmp_path / "a.wav", sweep(0.6).numpy())
-    heard = open_transcriber(folder, None, "cpu", "fp32")(read_audio(tmp_path / "a.wav", RATE), language="en").text
-    (tmp_path / "list.jsonl").write_text(json.dumps({"audio": "a.wav", "text": heard}) + "\n")
-    options: dict[str, Any] = {
-        "tokenizer": None,
-        "device": "cpu",
-        "dtype": "fp32",
-        "ema": False,
-        "beams": 1,
-        "batch": 2,
-    }
-    evaluate_command(
-        folder,
-        tmp_path / "list.jsonl",
-        language="en",
-        task="transcribe",
-        exact=True,
-        out=tmp_path / "out.jsonl",
-        **options,
-    )
-    assert "1 sounds: WER 0.00%, CER 0.00%" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.jsonl").read_text())["heard"] == heard
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_sounds_heard_at_once_are_those_heard_alone(folder: Path, tmp_path: Path, beams: int) -> None:
-    """In two languages, and one longer than the network hears, which comes alone; each text is its own line's."""
-    transcriber, lines = open_transcriber(folder, None, "cpu", "fp32"), []
-    for number, (length, code) in enumerate([(0.5, "en"), (0.7, "de"), (0.9, "en"), (1.6, "en"), (0.4, "en")]):
-        path = write_wav(tmp_path / f"{number}.wav", sweep(length).numpy()[::-1] * (1 - number / 9))
-        lines.append(Line(path, f"list.jsonl:{number + 1}", code, ""))
-    found = hear(transcriber, lines, beams=beams, batch=2)
-    short = [0, 1, 2, 4]
-    alone = [transcriber(read_audio(lines[n].path, RATE), language=lines[n].language, beams=beams).text for n in short]
-    assert [found[n] for n in short] == alone and len(set(alone)) > 1 and found[3]

@@ -10,9 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -28,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import UserError
 from ..recipe import validate
 from ..tensorfile import publish, read_json, write_json
+from .ahead import ahead
 from .buckets import Bucket
 from .clips import BadFiles, PictureData, read_clip, read_reference, usable
 from .encoded import EMPTY_TEXT, write_empty_text
@@ -50,8 +49,6 @@ GRACE = 60.0
 _SKIP = "--on-bad skip"
 
 D = TypeVar("D", bound=PictureData)
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def from_options(kind: type[D], values: Mapping[str, Any]) -> D:
@@ -177,7 +174,7 @@ def _encode(
         _stoppable(),
         FeatureWriter(destination, f"rank-{job.rank}", shard_bytes=shard_bytes) as writer,
     ):
-        for item, frames in _ahead(mine(), read):
+        for item, frames in ahead(mine(), read, _AHEAD):
             if isinstance(frames, UserError):
                 bad.add(frames)
             else:
@@ -220,21 +217,6 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _ahead(given: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
-    """Yield ``function`` of each in order, working ahead in a thread."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        waiting: deque[Future[R]] = deque()
-        for each in given:
-            waiting.append(pool.submit(function, each))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a job that is stopped has held samples to write first
 
 
 def _key(item: Item) -> str:
