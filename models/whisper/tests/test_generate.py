@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mindspeed_model_core import train
 from mindspeed_model_core.data.audio import read_audio
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_whisper import MODEL
 from mindspeed_model_whisper.data import RATE, log_mel
 from mindspeed_model_whisper.generate import open_transcriber
+from mindspeed_model_whisper.task import WhisperRecipe
 
-from .speech import sweep, tone, write_wav
+from .speech import sweep, tone, write_speech, write_wav
 
 CONFIG = MODEL.presets["mini"]
 
@@ -101,3 +105,61 @@ def test_silence_is_no_mistake(folder: Path, audio: Any) -> None:
 def test_a_language_that_is_none_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="language 'xx': the tokenizer knows no such language"):
         open_transcriber(folder, None, "cpu", "fp32")(sweep(0.5), language="xx")
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def with_settings(folder: Path, place: Path, settings: dict[str, Any]) -> Path:
+    shutil.copytree(folder, place)
+    (place / "generation_config.json").write_text(json.dumps(settings))
+    return place
+
+
+def test_an_old_file_of_settings_is_completed(folder: Path, tmp_path: Path) -> None:
+    """The first released folders' say neither languages nor tasks, and force what is now told."""
+    old = {"max_length": 20, "suppress_tokens": [5, 6], "forced_decoder_ids": [[1, 259], [2, 262], [3, 266]]}
+    plain, other = (
+        open_transcriber(each, None, "cpu", "fp32")
+        for each in (folder, with_settings(folder, tmp_path / "old", {**old, "eos_token_id": 256}))
+    )
+    said = other.network.generation_config
+    assert (said.max_length, said.suppress_tokens, said.lang_to_id) == (
+        20,
+        [5, 6],
+        {"<|en|>": 258, "<|zh|>": 259, "<|de|>": 260},
+    )
+    assert isinstance(other(sweep(0.5)).text, str)
+    same = with_settings(folder, tmp_path / "same", {"forced_decoder_ids": [[1, 259]]})
+    again = open_transcriber(same, None, "cpu", "fp32")
+    assert again(sweep(0.8), language="de") == plain(sweep(0.8), language="de")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eos_token_id": 2, "bos_token_id": 1}, "eos_token_id=2: is 256 by the weights and their tokenizer"),
+        ({"no_timestamps_token_id": 50363}, "no_timestamps_token_id=50363: is 266"),
+        ({"is_multilingual": False}, "is_multilingual=False: is True"),
+        ({"lang_to_id": {"<|fr|>": 50265}}, r"lang_to_id\[<\|fr\|>\]=50265: is None by the tokenizer"),
+        ({"lang_to_id": [1]}, r"lang_to_id=\[1\]: must be an object"),
+        ({"suppress_tokens": [1, 50358]}, r"suppress_tokens=\[1, 50358\]: must be a list of tokens from 0 to 319"),
+        ({"max_length": 448}, "max_length=448: must be from 1 to 32"),
+        ({"pad_token_id": 50257}, "pad_token_id=50257: must be from 0 to 319"),
+        ({"early_stopping": "maybe"}, r"not settings that transformers takes \("),
+    ],
+)
+def test_settings_of_other_weights_are_refused(
+    folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"generation_config\.json: {message}"):
+        open_transcriber(with_settings(folder, tmp_path / "other", settings), None, "cpu", "fp32")
+
+
+def test_a_run_has_the_settings_of_the_weights_it_began_with(folder: Path, tmp_path: Path) -> None:
+    began = with_settings(folder, tmp_path / "began", {"suppress_tokens": [7]})
+    recipe = WhisperRecipe(
+        preset="mini", precision="fp32", steps=1, global_batch=4, init_from=str(began), data=write_speech(tmp_path)
+    )
+    train.run(recipe, MODEL, tmp_path / "run")
+    assert open_transcriber(tmp_path / "run", None, "cpu", "fp32").network.generation_config.suppress_tokens == [7]

@@ -106,12 +106,12 @@ class Prompts:
             ("<|startoftranscript|>", config.decoder_start_token_id),
             ("<|endoftext|>", config.eos_token_id),
         ):
-            if self._id(name) != want:
+            if self.token(name) != want:
                 raise UserError(
-                    f"tokenizer {tokenizer.name_or_path}: {name} is {self._id(name)}, the model's is {want}; use the "
+                    f"tokenizer {tokenizer.name_or_path}: {name} is {self.token(name)}, the model's is {want}; use the "
                     "tokenizer that goes with the weights"
                 )
-        self.first_time = self._id("<|notimestamps|>") + 1
+        self.first_time = self.token("<|notimestamps|>") + 1
         # Releases differ by a language, which moves all that comes after it.
         released = config.vocab_size in RELEASED and config.eos_token_id >= WORDS
         if released and self.first_time + TIMES != config.vocab_size:
@@ -136,7 +136,7 @@ class Prompts:
                 raise UserError(
                     f"language {language!r}: the tokenizer knows no such language{nearest(language, codes)}"
                 )
-            start += [self.languages[name], self._id(f"<|{task}|>")]
+            start += [self.languages[name], self.token(f"<|{task}|>")]
         elif (language, task) != ("en", "transcribe"):
             raise UserError(f"language {language!r}, task {task!r}: this model transcribes English alone")
         return start if timestamps else [*start, self.first_time - 1]
@@ -152,7 +152,8 @@ class Prompts:
             raise UserError(f"time {second:g}: is outside the {self.config.frames * HOP / RATE:g} seconds of a sound")
         return self.first_time + tick
 
-    def _id(self, name: str) -> int:
+    def token(self, name: str) -> int:
+        """Return a special token by its name; UserError if there is none."""
         if name not in self.known:
             raise UserError(f"tokenizer {self.tokenizer.name_or_path}: has no token {name}; give Whisper's tokenizer")
         return int(self.known[name])

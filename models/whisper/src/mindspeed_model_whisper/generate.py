@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import typer
+from mindspeed_model_core import checkpoint
 from mindspeed_model_core import device as devices
 from mindspeed_model_core.data import load_tokenizer
 from mindspeed_model_core.data.ahead import ahead
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from .data import HOP, RATE, Prompts, log_mel
 from .model import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, Whisper
-from .weights import GENERATION, generation_settings
+from .weights import GENERATION, generation_settings, read_generation
 
 FALLBACK = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Temperatures tried one after the other while a text repeats itself or is unlikely (Radford et al. 2022, 4.5)."""
@@ -252,7 +253,27 @@ def open_transcriber(
         if words is None:
             raise UserError(f"{source}: no tokenizer there; name a folder with one: --tokenizer DIR")
         opened = load_tokenizer(words, net.config.vocab_size)
-    return Transcriber(net, opened, generation_settings(source / GENERATION, opened, net.config))
+        settings = generation_settings(opened, net.config)
+        said = find_generation(source)
+        if said is not None:
+            settings = read_generation(said, settings, net.config)
+        try:
+            return Transcriber(net, opened, settings)
+        except (TypeError, ValueError) as error:
+            if said is None or isinstance(error, UserError):
+                raise
+            raise UserError(f"{said}: not settings that transformers takes ({' '.join(str(error).split())})") from None
+
+
+def find_generation(source: Path) -> Path | None:
+    """Return the generation_config.json beside weights, for a run beside those it began with; None: there is none."""
+    source = source.expanduser()
+    if (source / GENERATION).is_file():
+        return source / GENERATION
+    if not checkpoint.is_checkpoint(source):
+        return None
+    origin = checkpoint.read_info(checkpoint.locate(source))["recipe"].get("init_from")
+    return find_generation(Path(origin)) if origin else None
 
 
 @contextmanager
