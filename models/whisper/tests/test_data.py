@@ -199,6 +199,20 @@ def test_unusable_sounds_are_named_or_left_out(
         speech(tmp_path, prompts, rows[1:], on_bad="skip")
 
 
+def test_a_sound_longer_than_its_header_says_is_no_sample(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut to what the network hears it would have the text of all."""
+    write_wav(tmp_path / "a.wav", tone(1.5))
+    write_wav(tmp_path / "b.wav", tone(0.5))
+    rows = [{"audio": name, "text": "a"} for name in ("a.wav", "b.wav")]
+    monkeypatch.setattr("mindspeed_model_whisper.data.seconds", lambda path: 0.5)
+    with pytest.raises(UserError, match=r"list\.jsonl:1: .*a\.wav: is longer than its header says, and than the 1 s"):
+        speech(tmp_path, prompts, rows).read(0, 0)
+    assert speech(tmp_path, prompts, rows, on_bad="skip").read(0, 0) is None
+    assert speech(tmp_path, prompts, rows).read(1, 0) is not None
+
+
 def test_silence_is_a_sample(tmp_path: Path, prompts: Prompts) -> None:
     write_wav(tmp_path / "a.wav", np.zeros(800))
     sample = speech(tmp_path, prompts, [{"audio": "a.wav", "text": ""}]).read(0, 0)
@@ -214,6 +228,10 @@ def test_silence_is_a_sample(tmp_path: Path, prompts: Prompts) -> None:
         ({"audio": "a.wav", "text": "a" * 40}, "its text has 44 tokens, the network writes 32"),
         ({"audio": "a.wav", "text": "a", "language": "xx"}, "language 'xx': the tokenizer knows no such language"),
         ({"audio": "a.wav", "segments": [{"start": 1}]}, "'segments' must be objects with start, end and text"),
+        (
+            {"audio": "a.wav", "segments": [{"start": 0.0, "end": float("nan"), "text": "a"}]},
+            "'segments' have a start or end that is no number of seconds",
+        ),
         (
             {"audio": "a.wav", "segments": [{"start": 0.5, "end": 0.1, "text": "a"}]},
             "'segments' must follow one another in time",

@@ -30,6 +30,8 @@ RATE, WINDOW, HOP = 16000, 400, 160
 """Samples a second, in a window of the spectrogram, and from one window to the next."""
 TICK = 0.02
 """Seconds from one timestamp to the next."""
+SLACK = 0.1
+"""Seconds that a sound may be longer than its header says: codecs fill up their last packet."""
 MULTIPLE = 8
 """Texts of a micro-batch are padded to a multiple of so many tokens."""
 
@@ -213,6 +215,8 @@ def _segments(where: str, value: Any) -> tuple[tuple[float, float, str], ...]:
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{where}: 'segments' must be objects with start, end and text") from None
     ends = [time for start, end, _ in found for time in (start, end)]
+    if not all(map(math.isfinite, ends)):
+        raise UserError(f"{where}: 'segments' have a start or end that is no number of seconds")
     if ends != sorted(ends):
         raise UserError(f"{where}: 'segments' must follow one another in time")
     return found
@@ -274,7 +278,12 @@ class Speech:
         try:
             with naming(line.where):
                 most = self.config.frames * HOP / RATE
-                audio = read_audio(line.path, RATE, most)
+                audio = read_audio(line.path, RATE, most + 2 * SLACK)
+                if len(audio) > (most + SLACK) * RATE:
+                    raise UserError(
+                        f"{line.path}: is longer than its header says, and than the {most:g} s that the network hears; "
+                        "cut it into parts"
+                    )
                 tokens = self._tokens(line, min(most, len(audio) / RATE))
         except UserError as error:
             self.bad.found_late(error)
