@@ -70,6 +70,18 @@ def test_bands_are_transformers(mels: int) -> None:
     assert np.abs(mel_bands(mels).numpy() - want).max() < 1e-8
 
 
+def test_features_of_hours_need_no_spectrum_of_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in parts, and what they are made at once."""
+    longest, stft = [], torch.stft
+    monkeypatch.setattr(torch, "stft", lambda x, *a, **k: longest.append(len(x)) or stft(x, *a, **k))
+    audio = torch.randn(61 * RATE, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 1, 61 * RATE)
+    got = log_mel(audio, 8, 6100)
+    assert max(longest) <= 30 * RATE + 400
+    whole = stft(audio, 400, 160, window=torch.hann_window(400), return_complex=True)[:, :-1].abs() ** 2
+    logs = (mel_bands(8).T @ whole).clamp_min(1e-10).log10()
+    assert (got - (logs.maximum(logs.max() - 8) + 4) / 4).abs().max() < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------ tokens
 
 
@@ -127,8 +139,18 @@ def test_timestamps_are_around_segments_or_the_whole(tmp_path: Path, prompts: Pr
     rows = [{"audio": "a.wav", "segments": segments}, {"audio": "a.wav", "text": "ab"}]
     found = speech(tmp_path, prompts, rows, timestamps=True)
     names = [prompts.tokenizer.convert_ids_to_tokens(found.read(n, 0)["tokens"])[3:-1] for n in range(2)]  # type: ignore[index]
-    assert names[0] == ["<|0.10|>", "a", "<|0.40|>", "<|0.40|>", "b", "<|0.82|>"]
+    assert names[0] == ["<|0.10|>", "a", "<|0.40|>", "<|0.40|>", "Ġ", "b", "<|0.82|>"]
     assert names[1] == ["<|0.00|>", "a", "b", "<|0.90|>"]
+
+
+@pytest.mark.parametrize(("language", "text"), [("en", "one two three"), ("ja", "one two three")])
+def test_segments_are_joined_as_they_are_written(tmp_path: Path, language: str, text: str) -> None:
+    """With spaces where the language has them: without, words of two segments would be one."""
+    parts = ["one", "two", " three"] if language == "en" else ["one ", "two", " three"]
+    segments = [{"start": n, "end": n + 1, "text": part} for n, part in enumerate(parts)]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"audio": "a.wav", "segments": segments, "language": language}))
+    assert read_lines(listed, "en")[0].text == text
 
 
 def test_common_voice_is_read_as_it_comes(tmp_path: Path) -> None:

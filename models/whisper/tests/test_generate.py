@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import train
+from mindspeed_model_core.data import load_tokenizer
 from mindspeed_model_core.data.audio import read_audio
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_whisper import MODEL
+from mindspeed_model_whisper import MODEL, generate
 from mindspeed_model_whisper.data import RATE, log_mel
-from mindspeed_model_whisper.generate import open_transcriber
+from mindspeed_model_whisper.generate import Transcriber, Transcript, open_transcriber, transcribe_command
 from mindspeed_model_whisper.task import WhisperRecipe
+from mindspeed_model_whisper.weights import generation_settings
 
 from .speech import sweep, tone, write_speech, write_wav
 
@@ -64,6 +66,77 @@ def test_long_sounds_are_heard_as_transformers_hears_them(folder: Path, beams: i
         ours, others = (net.generate(mel, **told)[0].tolist() for net in (network, theirs(folder)))
     times = [token for token in ours if token > CONFIG.decoder_start_token_id + 9]
     assert ours == others and len(times) >= 8
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("seconds", [0.8, 3.3])
+def test_texts_are_those_of_transformers_pipeline(
+    folder: Path, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of long sounds too, whose segments it joins; without what is drawn."""
+    from transformers import pipeline
+
+    for name, value in {"FALLBACK": (0.0,), "REPEATS": None, "UNLIKELY": None, "NO_SPEECH": None}.items():
+        monkeypatch.setattr(generate, name, value)
+    audio, told = sweep(seconds), {"language": "de", "task": "transcribe", "num_beams": 1}
+    long = {"return_timestamps": True} if seconds > 1 else {}
+    recogniser = pipeline("automatic-speech-recognition", model=str(folder), device="cpu")
+    want = recogniser(audio.numpy(), generate_kwargs=told, **long)["text"].strip()
+    assert want and open_transcriber(folder, None, "cpu", "fp32")(audio, language="de").text == want
+
+
+def test_a_network_that_trains_is_left_as_it_was(folder: Path) -> None:
+    """Asked between steps; and moved after the transcriber was made."""
+    net = open_transcriber(folder, None, "cpu", "fp32").net
+    net.requires_grad_(True).train()
+    net.blocks[0].eval()
+    before = [module.training for module in net.modules()]
+    modes = []
+    net.norm.register_forward_hook(lambda module, *_: modes.append(module.training))
+    words = load_tokenizer(folder, CONFIG.vocab_size)
+    transcriber = Transcriber(net, words, generation_settings(words, CONFIG))
+    assert [module.training for module in net.modules()] == before
+    text = transcriber(sweep(0.8), language="de").text
+    assert [module.training for module in net.modules()] == before and set(modes) == {False}
+    net.double()
+    assert transcriber(sweep(0.8), language="de").text == text
+    mel, tokens = torch.zeros(1, CONFIG.num_mel_bins, CONFIG.frames), torch.zeros(1, 4, dtype=torch.long)
+    net({"mel": mel, "tokens": tokens, "labels": tokens}).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_sounds_are_read_one_ahead(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a file that is damaged in its middle is heard, and said to be."""
+    paths = [write_wav(tmp_path / f"{n}.wav", sweep(0.3).numpy()) for n in range(5)]
+    events: list[str] = []
+
+    def read(path: Path, rate: int, *, damaged: Any) -> torch.Tensor:
+        events.append("read")
+        if path.name == "1.wav":
+            damaged(0.125)
+        return read_audio(path, rate)
+
+    def heard(self: Any, audio: torch.Tensor, *, advance: Any, **_: Any) -> Any:
+        assert events.count("read") - events.count("heard") <= 3
+        events.append("heard")
+        advance(len(audio) / RATE)
+        return Transcript("text")
+
+    monkeypatch.setattr(generate, "read_audio", read)
+    monkeypatch.setattr(Transcriber, "__call__", heard)
+    transcribe_command(folder, paths, device="cpu")
+    said = capsys.readouterr()
+    assert events.count("heard") == 5 and said.out.count("text") == 5
+    assert said.err.count("packets cannot be decoded") == 1
+    assert "1.wav: 1 packets cannot be decoded, the first at 0.12 s; they are heard as silence" in said.err
+
+
+def test_long_sounds_tell_how_far_they_are(folder: Path) -> None:
+    told: list[float] = []
+    open_transcriber(folder, None, "cpu", "fp32")(sweep(3.3), language="en", advance=told.append)
+    assert len(told) > 2 and sum(told) == pytest.approx(3.3) and min(told) >= 0
 
 
 def test_long_sounds_have_times_that_go_on(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mindspeed_model_core.data import IGNORE, SlotLoader, load_tokenizer
 from mindspeed_model_core.data.audio import read_audio, seconds
 from mindspeed_model_core.data.clips import BadFiles, content, naming, open_reader
@@ -30,10 +31,14 @@ RATE, WINDOW, HOP = 16000, 400, 160
 """Samples a second, in a window of the spectrogram, and from one window to the next."""
 TICK = 0.02
 """Seconds from one timestamp to the next."""
+_PART = 3000  # windows of a spectrogram that are made at a time
 SLACK = 0.1
 """Seconds that a sound may be longer than its header says: codecs fill up their last packet."""
 MULTIPLE = 8
 """Texts of a micro-batch are padded to a multiple of so many tokens."""
+
+SPACELESS = ("zh", "ja", "th", "lo", "my", "yue")
+"""Languages without spaces between words, as the release lists them, which no joining adds and no counting needs."""
 
 _FILES, _TEXTS = ("audio", "path", "file"), ("text", "sentence", "transcription")
 _LANGUAGES = ("language", "locale")
@@ -64,11 +69,16 @@ def log_mel(audio: Tensor, mels: int, frames: int) -> Tensor:
     25 ms, in mel bands, as logarithms within 8 decades of the loudest, scaled to about -1 to 1.
     """
     size = frames * HOP
-    audio = torch.nn.functional.pad(audio[:size], (0, max(0, size - len(audio))))
-    window = torch.hann_window(WINDOW, device=audio.device)
-    power = torch.stft(audio, WINDOW, HOP, window=window, return_complex=True)[:, :-1].abs() ** 2
-    logs = (mel_bands(mels).to(audio.device).T @ power).clamp_min(1e-10).log10()
-    return (logs.maximum(logs.max() - 8) + 4) / 4
+    audio = F.pad(audio[:size], (0, max(0, size - len(audio))))
+    audio = F.pad(audio[None], (WINDOW // 2, WINDOW // 2), mode="reflect")[0]
+    window, bands = torch.hann_window(WINDOW, device=audio.device), mel_bands(mels).to(audio.device).T
+    logs = torch.empty(mels, frames, device=audio.device)
+    for begin in range(0, frames, _PART):  # a spectrum of hours would be larger than all else
+        end = min(begin + _PART, frames)
+        part = audio[begin * HOP : (end - 1) * HOP + WINDOW]
+        power = torch.stft(part, WINDOW, HOP, window=window, center=False, return_complex=True).abs() ** 2
+        logs[:, begin:end] = (bands @ power).clamp_min_(1e-10).log10_()
+    return logs.clamp_min_(float(logs.max()) - 8).add_(4).div_(4)
 
 
 @functools.cache
@@ -201,15 +211,16 @@ def read_lines(path: Path, language: str) -> list[Line]:
         place = path.parent / written
         if path.suffix == ".tsv" and not place.exists():
             place = path.parent / "clips" / written
-        segments = _segments(where, row["segments"]) if row.get("segments") is not None else ()
-        text = "".join(part for *_, part in segments) if segments else column(where, row, _TEXTS).strip()
         spoken = column(where, row, _LANGUAGES) if any(row.get(name) for name in _LANGUAGES) else language
-        # Common Voice has locales, such as zh-CN.
-        lines.append(Line(place, where, spoken.partition("-")[0], text, segments))
+        spoken = spoken.partition("-")[0]  # Common Voice has locales, such as zh-CN
+        segments = _segments(where, row["segments"], spoken) if row.get("segments") is not None else ()
+        text = "".join(part for *_, part in segments) if segments else column(where, row, _TEXTS).strip()
+        lines.append(Line(place, where, spoken, text, segments))
     return lines
 
 
-def _segments(where: str, value: Any) -> tuple[tuple[float, float, str], ...]:
+def _segments(where: str, value: Any, language: str) -> tuple[tuple[float, float, str], ...]:
+    """Return segments of which each but the first begins with a space, as the released networks write them."""
     try:
         found = tuple((float(part["start"]), float(part["end"]), str(part["text"])) for part in value)
     except (TypeError, KeyError, ValueError):
@@ -219,7 +230,11 @@ def _segments(where: str, value: Any) -> tuple[tuple[float, float, str], ...]:
         raise UserError(f"{where}: 'segments' have a start or end that is no number of seconds")
     if ends != sorted(ends):
         raise UserError(f"{where}: 'segments' must follow one another in time")
-    return found
+    if language in SPACELESS:
+        return found
+    return tuple(
+        (start, end, f" {text.lstrip()}" if number else text) for number, (start, end, text) in enumerate(found)
+    )
 
 
 class Speech:

@@ -24,7 +24,7 @@ from mindspeed_model_core.tensorfile import publish
 from rich.console import Console
 from torch import Tensor
 
-from .data import HOP, RATE, Line, read_lines
+from .data import HOP, RATE, SPACELESS, Line, read_lines
 from .generate import (
     Beams,
     Device,
@@ -41,8 +41,6 @@ from .generate import (
 Heard = tuple[int, str]
 Normalizer = Literal["english", "basic", "none"]
 
-SPACELESS = ("zh", "ja", "th", "lo", "my", "yue")
-"""Languages without spaces between words, as the release lists them: their words are not counted."""
 _VOWELS = tuple(
     "BENGALI DEVANAGARI GUJARATI GURMUKHI KANNADA KHMER LAO MALAYALAM MYANMAR ORIYA SINHALA TAMIL TELUGU THAI TIBETAN "
     "JAVANESE BALINESE SUNDANESE THAANA".split()

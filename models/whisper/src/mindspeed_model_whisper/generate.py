@@ -102,7 +102,7 @@ class Transcriber:
             advance(now - heard)
             heard = now
 
-        with torch.inference_mode(), quiet(), torch.random.fork_rng(devices=[]):
+        with _listening(self.net), torch.inference_mode(), quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # above temperature 0 tokens are drawn
             found = self.network.generate(
                 mel.to(place.device, place.dtype),
@@ -170,14 +170,26 @@ def _in_transformers(net: Whisper, settings: dict[str, Any]) -> Any:
 
     config = WhisperConfig(**{**net.config.model_dump(), "encoder_layers": 0, "decoder_layers": 0})
     with torch.device("meta"):
-        network = Network(config)
+        network = Network(config).eval()
     network.config.encoder_layers, network.config.decoder_layers = net.config.encoder_layers, net.config.decoder_layers
     network.config.num_hidden_layers = net.config.encoder_layers
     network.model = nn.Module()
     network.model.encoder, network.model.net, network.model.config = Encoder(), net, network.config
     del network.proj_out
     network.generation_config = GenerationConfig(**settings)
-    return network.eval()
+    return network
+
+
+@contextmanager
+def _listening(net: Whisper) -> Iterator[None]:
+    """Have a network that may be training do no more than hear, and then be as it was."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def encode(net: Whisper, mel: Tensor) -> Tensor:
@@ -311,6 +323,12 @@ Dtype = Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="Precision. 
 Ema = Annotated[bool, typer.Option("--ema", help="Take a run's moving average.")]
 
 
+def _read(path: Path) -> tuple[Tensor, list[float]]:
+    """Return a file's sound, and the seconds at which it is damaged: of a talk, what can be heard is wanted."""
+    damage: list[float] = []
+    return read_audio(path, RATE, damaged=damage.append), damage
+
+
 def transcribe_command(
     source: Source,
     sounds: Annotated[list[Path], typer.Argument(metavar="SOUND...", help="Files of any length: wav, flac, mp3, ...")],
@@ -332,8 +350,13 @@ def transcribe_command(
     total, done = sum(map(seconds, sounds)), 0.0
     transcriber = open_transcriber(source, tokenizer, device, dtype, ema=ema)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    read = ahead(sounds, lambda path: read_audio(path, RATE), 1)
-    for path, audio in zip(sounds, read, strict=True):
+    for path, (audio, damage) in zip(sounds, ahead(sounds, _read, 1), strict=True):
+        if damage:
+            typer.echo(
+                f"{path}: {len(damage)} packets cannot be decoded, the first at {damage[0]:.2f} s; they are heard as "
+                "silence",
+                err=True,
+            )
         with hearing(total, done) as advance:
             options: dict[str, Any] = {"timestamps": timestamps, "beams": beams, "advance": advance}
             found = transcriber(audio, language=language, task=task, **options)
