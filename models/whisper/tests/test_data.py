@@ -14,7 +14,17 @@ from mindspeed_model_core.data import IGNORE, load_tokenizer
 from mindspeed_model_core.data.audio import read_audio
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_whisper import MODEL
-from mindspeed_model_whisper.data import RATE, Prompts, Speech, WhisperData, log_mel, mel_bands, read_lines
+from mindspeed_model_whisper.data import (
+    RATE,
+    Prompts,
+    Speech,
+    WhisperData,
+    collate,
+    log_mel,
+    mel_bands,
+    read_lines,
+    text_step,
+)
 from mindspeed_model_whisper.task import WhisperRecipe
 from mindspeed_model_whisper.tiny import write_tiny_tokenizer
 
@@ -151,6 +161,42 @@ def test_segments_are_joined_as_they_are_written(tmp_path: Path, language: str, 
     listed = tmp_path / "list.jsonl"
     listed.write_text(json.dumps({"audio": "a.wav", "segments": segments, "language": language}))
     assert read_lines(listed, "en")[0].text == text
+
+
+SHARED = {"tp": 3, "sequence": True}
+
+
+def test_texts_are_padded_until_ranks_can_share_them(tmp_path: Path, prompts: Prompts) -> None:
+    def length(samples: int, tokens: int, **fields: Any) -> int:
+        recipe = WhisperRecipe(preset="mini", global_batch=samples, micro_batch=samples, **fields)
+        sample = {"mel": torch.zeros(1), "tokens": [0] * (tokens + 1)}
+        return collate([sample] * samples, CONFIG, text_step(recipe))["tokens"].shape[1]
+
+    assert [length(1, n, parallel=SHARED) for n in (3, 24, 25, 30)] == [24, 24, 30, 30]
+    assert length(3, 3, parallel=SHARED) == length(1, 3, parallel={"tp": 3}) == length(1, 3) == 8
+    write_wav(tmp_path / "a.wav", tone(0.2))
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"audio": "a.wav", "text": "a" * 27}))
+    assert len(Speech(listed, WhisperData(), prompts).lines) == 1
+    with pytest.raises(UserError, match=r"31 tokens, the network writes 30, and parallel\.sequence=true shares"):
+        Speech(listed, WhisperData(), prompts, 3)
+
+
+def test_sounds_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
+    def task(batch: int, tp: int, config: Any) -> Any:
+        parallel = {"tp": tp, "sequence": True}
+        return MODEL.task(
+            WhisperRecipe(preset="mini", global_batch=batch, micro_batch=batch, parallel=parallel), config
+        )
+
+    with pytest.raises(UserError, match=r"micro_batch=4: with parallel\.sequence=true, parallel\.tp=3 must divide"):
+        task(4, 3, CONFIG)
+    with pytest.raises(UserError, match=r"50 positions; nearest: 3 or 6, or parallel\.sequence=false"):
+        task(4, 3, CONFIG)
+    for batch, tp, preset in ((6, 3, "mini"), (1, 5, "large-v2"), (1, 6, "tiny.en"), (2, 8, "base.en")):
+        assert task(batch, tp, MODEL.preset(preset))
+    with pytest.raises(UserError, match="1500 positions; nearest: 2, or"):
+        task(1, 8, MODEL.preset("base.en"))
 
 
 def test_common_voice_is_read_as_it_comes(tmp_path: Path) -> None:

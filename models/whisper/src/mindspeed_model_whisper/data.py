@@ -240,8 +240,8 @@ def _segments(where: str, value: Any, language: str) -> tuple[tuple[float, float
 class Speech:
     """Reads a list of sounds: a batch holds ``mel``, ``tokens`` and ``labels``; UserError if none can be used."""
 
-    def __init__(self, path: Path, data: WhisperData, prompts: Prompts) -> None:
-        self.data, self.prompts, self.config = data, prompts, prompts.config
+    def __init__(self, path: Path, data: WhisperData, prompts: Prompts, step: int = 1) -> None:
+        self.data, self.prompts, self.config, self.step = data, prompts, prompts.config, step
         lines = read_lines(path, data.language)
         self.bad = BadFiles(data.on_bad)
         self.lines: list[Line] = []
@@ -280,10 +280,12 @@ class Speech:
         else:
             tokens = self.prompts.text(line.text)
         out = [*before, *tokens, self.config.eos_token_id]
-        if len(out) - 1 > self.config.max_target_positions:
+        most = longest_text(self.config, self.step)
+        if len(out) - 1 > most:
+            why = f", and parallel.sequence=true shares out multiples of {self.step}" if self.step > 1 else ""
             raise UserError(
-                f"{line.path}: its text has {len(out) - 1} tokens, the network writes "
-                f"{self.config.max_target_positions}; cut the sound into parts"
+                f"{line.path}: its text has {len(out) - 1} tokens, the network writes {most}{why}; cut the sound into "
+                "parts"
             )
         return out
 
@@ -307,13 +309,27 @@ class Speech:
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Return a micro-batch."""
-        return collate(samples, self.config)
+        return collate(samples, self.config, self.step)
 
 
-def collate(samples: Sequence[Mapping[str, Any]], config: WhisperConfig) -> Batch:
-    """Return ``mel [batch, mels, frames]`` and ``tokens``, ``labels`` ``[batch, length]``: each token's is the next."""
-    longest = max(len(sample["tokens"]) for sample in samples) - 1
-    length = min(-(-longest // MULTIPLE) * MULTIPLE, config.max_target_positions)
+def text_step(recipe: Recipe) -> int:
+    """Return what a length of text must be a multiple of, so that tensor-parallel ranks can share a micro-batch's."""
+    parallel = recipe.parallel
+    return parallel.tp // math.gcd(parallel.tp, recipe.micro_batch) if parallel.sequence else 1
+
+
+def longest_text(config: WhisperConfig, step: int) -> int:
+    """Return the longest text that the network writes, of those that are a multiple of ``step``."""
+    return config.max_target_positions // step * step
+
+
+def collate(samples: Sequence[Mapping[str, Any]], config: WhisperConfig, step: int = 1) -> Batch:
+    """Return ``mel [batch, mels, frames]`` and ``tokens``, ``labels`` ``[batch, length]``: each token's is the next.
+
+    ``length`` is a multiple of ``step``, and of ``MULTIPLE`` where the network's longest text allows it.
+    """
+    longest, multiple = max(len(sample["tokens"]) for sample in samples) - 1, math.lcm(MULTIPLE, step)
+    length = min(-(-longest // multiple) * multiple, longest_text(config, step))
     tokens = torch.full((len(samples), length), config.pad_token_id)
     labels = torch.full((len(samples), length), IGNORE)
     for row, sample in enumerate(samples):
@@ -328,8 +344,8 @@ class Random:
     keys = (0,)
     identity: Mapping[str, Any] = {}
 
-    def __init__(self, length: int, config: WhisperConfig) -> None:
-        self.length, self.config = min(length, config.max_target_positions), config
+    def __init__(self, length: int, config: WhisperConfig, step: int = 1) -> None:
+        self.length, self.config, self.step = min(length, longest_text(config, step)), config, step
 
     def read(self, index: int, seed: int) -> Sample:
         """Return a sample that follows from its seed."""
@@ -340,7 +356,7 @@ class Random:
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Return a micro-batch."""
-        return collate(samples, self.config)
+        return collate(samples, self.config, self.step)
 
 
 def open_data(recipe: Recipe, config: WhisperConfig, rank: int, ranks: int) -> SlotLoader:
@@ -349,10 +365,11 @@ def open_data(recipe: Recipe, config: WhisperConfig, rank: int, ranks: int) -> S
     if data.path is None:
         raise UserError("data.path: this field is required; give a list of sounds and their texts")
     prompts = Prompts(open_tokenizer(data, recipe.init_from, config), config)
-    reader = Speech(Path(data.path).expanduser(), data, prompts)
+    reader = Speech(Path(data.path).expanduser(), data, prompts, text_step(recipe))
     return open_reader(reader, recipe, rank, ranks, workers=data.workers)
 
 
 def synthetic_data(recipe: Recipe, config: WhisperConfig, rank: int, ranks: int) -> SlotLoader:
     """Return the loader of random samples of the recipe's length."""
-    return open_reader(Random(recipe.data.synthetic, config), recipe, rank, ranks)  # type: ignore[attr-defined]
+    source = Random(recipe.data.synthetic, config, text_step(recipe))  # type: ignore[attr-defined]
+    return open_reader(source, recipe, rank, ranks)
