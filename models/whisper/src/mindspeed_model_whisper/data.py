@@ -136,7 +136,7 @@ class Prompts:
     def languages(self) -> dict[str, int]:
         """The tokens of languages, which lie between the start and the tasks."""
         start, tasks = self.config.decoder_start_token_id, self.known.get("<|translate|>", 0)
-        return {name: number for name, number in self.known.items() if start < number < tasks}
+        return {name: n for name, n in sorted(self.known.items(), key=lambda each: each[1]) if start < n < tasks}
 
     def before(self, language: str, task: str, timestamps: bool) -> list[int]:
         """Return the tokens before a text: start, language, task, and whether it has no timestamps."""
