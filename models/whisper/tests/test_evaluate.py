@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def write_list(folder: Path, count: int = 3, **more: Any) -> Path:
     rows = []
     for number in range(count):
         write_wav(folder / f"{number}.wav", sweep(0.4 + 0.1 * number).numpy())
-        rows.append({"audio": f"{number}.wav", "text": f"text {number}", **more})
+        rows.append({"audio": f"{number}.wav", "text": f"text {number}"} | more)
     (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "list.jsonl"
 
@@ -44,6 +46,19 @@ def write_list(folder: Path, count: int = 3, **more: Any) -> Path:
 )
 def test_distances(want: str, got: str, errors: int) -> None:
     assert distance(want.split(), got.split()) == errors
+
+
+def test_distances_are_those_of_the_recursion() -> None:
+    @functools.cache
+    def plain(a: str, b: str) -> int:
+        if not a or not b:
+            return len(a) + len(b)
+        return min(plain(a[1:], b) + 1, plain(a, b[1:]) + 1, plain(a[1:], b[1:]) + (a[0] != b[0]))
+
+    draw = random.Random(0)
+    for _ in range(50):
+        a, b = ("".join(draw.choices("abc", k=draw.randint(0, 9))) for _ in range(2))
+        assert distance(a, b) == plain(a, b)
 
 
 def test_error_rates_are_over_all_that_is_wanted() -> None:
@@ -188,6 +203,12 @@ def test_bad_files_stop_an_evaluation_or_are_left_out(
     assert "2 sounds (1 skipped): WER" in said.out and "1.wav" in said.err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["text 0", "text 2"]
+
+
+def test_a_list_without_texts_is_refused_before_anything_is_heard(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"list\.jsonl: all texts are empty, there is no rate of errors"):
+        run(folder, write_list(tmp_path, 1, text=" "), out=tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_language_that_is_none_is_refused_before_anything_is_heard(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from .media import check_file
 
 
 def seconds(path: str | Path) -> float:
-    """Return how long a file's first sound is, from its header, or where that is silent or wrong from its samples.
+    """Return how long a file's first sound is, from its header, or where that is silent or wrong from its packets.
 
     UserError for a file that is missing or holds no sound.
     """
@@ -26,7 +26,8 @@ def seconds(path: str | Path) -> float:
                 return float(stream.duration * stream.time_base)
             if container.duration:
                 return float(container.duration / 1e6)
-        return sum(frame.samples / frame.sample_rate for frame in container.decode(stream))
+        # Not decoded: what is damaged has its length, too.
+        return sum(float(each.duration * each.time_base) for each in container.demux(stream) if each.duration)
 
 
 def read_audio(

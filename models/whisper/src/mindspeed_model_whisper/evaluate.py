@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 from mindspeed_model_core import checkpoint
 from mindspeed_model_core.data.ahead import ahead
@@ -53,12 +54,14 @@ _VOWELS = tuple(
 
 def distance(want: Sequence[Hashable], got: Sequence[Hashable]) -> int:
     """Return how few insertions, deletions and replacements turn one into the other (Levenshtein 1966)."""
-    row = list(range(len(got) + 1))
-    for count, wanted in enumerate(want, 1):
-        before, row[0] = row[0], count
-        for place, found in enumerate(got, 1):
-            before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (wanted != found))
-    return row[-1]
+    numbers: dict[Hashable, int] = {}
+    wanted, found = (np.array([numbers.setdefault(each, len(numbers)) for each in text]) for text in (want, got))
+    row = steps = np.arange(len(got) + 1)
+    for count, each in enumerate(wanted, 1):
+        # Replacements and deletions, then insertions of any length: whole talks are compared by their letters.
+        best = np.minimum(row[1:] + 1, row[:-1] + (found != each))
+        row = np.minimum.accumulate(np.concatenate(([count], best)) - steps) + steps
+    return int(row[-1])
 
 
 def error_rate(pairs: Sequence[tuple[Sequence[Hashable], Sequence[Hashable]]]) -> float:
@@ -269,6 +272,8 @@ def evaluate_command(
     usable, lengths = _usable(transcriber, lines, task, bad)
     if not usable:
         raise UserError(f"{listed}: none of its {len(lines)} sounds can be used")
+    if not any(line.text.strip() for line in usable):
+        raise UserError(f"{listed}: all texts are empty, there is no rate of errors")
     heard: dict[int, str] = {}
     draft = None if out is None else Draft(out, _settings(transcriber, source, task, beams, ema))
     if draft is not None:
