@@ -17,8 +17,8 @@ from .repository import MODELS, NOXFILE, PACKAGES, ROOT, project
 FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "newsfragments", "src", "tests"}
 SOURCES = {"__init__.py", "__main__.py", "config.py", "data.py", "generate.py", "model.py", "task.py", "weights.py"}
 BESIDE = {"recipes", "py.typed"}
-# Where a model has a demonstration, frozen encoders (also tiny ones), or data that is encoded beforehand.
-MAY_HAVE = {"demo.py", "encoders.py", "prepare.py", "tiny.py", "auxiliary.py"}
+# Where a model has a demonstration, frozen encoders (also tiny ones), data encoded beforehand, or errors to count.
+MAY_HAVE = {"demo.py", "encoders.py", "evaluate.py", "prepare.py", "tiny.py", "auxiliary.py"}
 
 
 def listed(folder: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import wave
 from pathlib import Path
 
@@ -75,6 +76,68 @@ def test_what_is_no_sound_is_named(tmp_path: Path, name: str, message: str) -> N
     with pytest.raises(UserError, match=message) as error:
         read_audio(tmp_path / name, RATE)
     assert str(tmp_path / name) in str(error.value)
+
+
+def encoded(path: Path, codec: str, length: float = 3.0) -> Path:
+    import av
+
+    with av.open(str(path), "w") as container:
+        if codec not in av.codecs_available:
+            pytest.skip(f"this FFmpeg does not write {codec}")
+        stream = container.add_stream(codec, rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray((sine(length)[None] * 32767).astype(np.int16), format="s16", layout="mono")
+        frame.sample_rate = RATE
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp3", "libmp3lame"), ("a.m4a", "aac")])
+def test_damage_in_the_middle_is_refused_by_its_second_or_silent(tmp_path: Path, name: str, codec: str) -> None:
+    path = encoded(tmp_path / name, codec)
+    whole, data = len(read_audio(path, RATE)), bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"not readable sound at 1\.\d\d s \(.*\); it is damaged") as error:
+        read_audio(path, RATE)
+    assert str(path) in str(error.value)
+    seen: list[float] = []
+    got = read_audio(path, RATE, damaged=seen.append)
+    assert 1 <= len(seen) <= 3 and all(1.2 < second < 1.9 for second in seen)
+    # What comes after stays near its time.
+    assert abs(len(got) - whole) < 0.1 * RATE and got[2 * RATE : -3200].square().mean() > 0.1
+
+
+def head(payload: bytes, said: int, *, kind: int = 1, bits: int = 16) -> bytes:
+    """Return a wav whose header says that its samples are so many bytes."""
+    form = struct.pack("<HHIIHH", kind, 1, RATE, RATE * bits // 8, bits // 8, bits)
+    return b"".join(
+        (b"RIFF", struct.pack("<I", said + 36), b"WAVEfmt ", struct.pack("<I", 16), form, b"data",
+         struct.pack("<I", said), payload)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 2])
+def test_all_samples_are_read_whatever_the_header_says(tmp_path: Path, share: float) -> None:
+    payload = (sine(1.0) * 32767).astype("<i2").tobytes()
+    (tmp_path / "a.wav").write_bytes(head(payload, int(share * len(payload))))
+    assert len(read_audio(tmp_path / "a.wav", RATE)) == RATE and seconds(tmp_path / "a.wav") == pytest.approx(1.0)
+
+
+def test_what_follows_the_samples_is_no_sound(tmp_path: Path) -> None:
+    payload = (sine(1.0) * 32767).astype("<i2").tobytes()
+    note = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf58.29.100\0"
+    (tmp_path / "a.wav").write_bytes(head(payload, len(payload)) + note)
+    assert len(read_audio(tmp_path / "a.wav", RATE)) == RATE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    samples = sine(1.0).astype("<f4")
+    samples[8000] = value
+    (tmp_path / "a.wav").write_bytes(head(samples.tobytes(), 4 * RATE, kind=3, bits=32))
+    with pytest.raises(UserError, match=r"a\.wav: 1 samples are no numbers \(NaN or infinite\), the first at 0\.50 s"):
+        read_audio(tmp_path / "a.wav", RATE)
 
 
 def test_a_name_may_have_a_colon(tmp_path, monkeypatch) -> None:

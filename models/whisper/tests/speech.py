@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mindspeed_model_whisper.tiny import write_tiny_tokenizer
 
 TEXTS = ("one", "two", "three four", "नमस्ते", "five six seven")
@@ -28,6 +29,12 @@ def write_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> Path:
 def tone(seconds: float, rate: int = 16000, pitch: float = 440.0) -> np.ndarray:
     """Return a sine at half of the full scale."""
     return np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate) / 2
+
+
+def sweep(seconds: float) -> torch.Tensor:
+    """Return sound that changes all the time."""
+    at = np.arange(round(seconds * 16000)) / 16000
+    return torch.from_numpy(np.sin(2 * np.pi * (200 + 300 * at) * at) * (0.5 + 0.4 * np.sin(9 * at))).float()
 
 
 def write_speech(folder: Path, count: int = 8) -> dict[str, Any]:

@@ -14,7 +14,17 @@ from mindspeed_model_core.data import IGNORE, load_tokenizer
 from mindspeed_model_core.data.audio import read_audio
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_whisper import MODEL
-from mindspeed_model_whisper.data import RATE, Prompts, Speech, WhisperData, log_mel, mel_bands, read_lines
+from mindspeed_model_whisper.data import (
+    RATE,
+    Prompts,
+    Speech,
+    WhisperData,
+    collate,
+    log_mel,
+    mel_bands,
+    read_lines,
+    text_step,
+)
 from mindspeed_model_whisper.task import WhisperRecipe
 from mindspeed_model_whisper.tiny import write_tiny_tokenizer
 
@@ -68,6 +78,18 @@ def test_bands_are_transformers(mels: int) -> None:
 
     want = mel_filter_bank(201, mels, 0.0, 8000.0, RATE, norm="slaney", mel_scale="slaney")
     assert np.abs(mel_bands(mels).numpy() - want).max() < 1e-8
+
+
+def test_features_of_hours_need_no_spectrum_of_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in parts, and what they are made at once."""
+    longest, stft = [], torch.stft
+    monkeypatch.setattr(torch, "stft", lambda x, *a, **k: longest.append(len(x)) or stft(x, *a, **k))
+    audio = torch.randn(61 * RATE, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 1, 61 * RATE)
+    got = log_mel(audio, 8, 6100)
+    assert max(longest) <= 30 * RATE + 400
+    whole = stft(audio, 400, 160, window=torch.hann_window(400), return_complex=True)[:, :-1].abs() ** 2
+    logs = (mel_bands(8).T @ whole).clamp_min(1e-10).log10()
+    assert (got - (logs.maximum(logs.max() - 8) + 4) / 4).abs().max() < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -127,8 +149,54 @@ def test_timestamps_are_around_segments_or_the_whole(tmp_path: Path, prompts: Pr
     rows = [{"audio": "a.wav", "segments": segments}, {"audio": "a.wav", "text": "ab"}]
     found = speech(tmp_path, prompts, rows, timestamps=True)
     names = [prompts.tokenizer.convert_ids_to_tokens(found.read(n, 0)["tokens"])[3:-1] for n in range(2)]  # type: ignore[index]
-    assert names[0] == ["<|0.10|>", "a", "<|0.40|>", "<|0.40|>", "b", "<|0.82|>"]
+    assert names[0] == ["<|0.10|>", "a", "<|0.40|>", "<|0.40|>", "Ġ", "b", "<|0.82|>"]
     assert names[1] == ["<|0.00|>", "a", "b", "<|0.90|>"]
+
+
+@pytest.mark.parametrize(("language", "text"), [("en", "one two three"), ("ja", "one two three")])
+def test_segments_are_joined_as_they_are_written(tmp_path: Path, language: str, text: str) -> None:
+    """With spaces where the language has them: without, words of two segments would be one."""
+    parts = ["one", "two", " three"] if language == "en" else ["one ", "two", " three"]
+    segments = [{"start": n, "end": n + 1, "text": part} for n, part in enumerate(parts)]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"audio": "a.wav", "segments": segments, "language": language}))
+    assert read_lines(listed, "en")[0].text == text
+
+
+SHARED = {"tp": 3, "sequence": True}
+
+
+def test_texts_are_padded_until_ranks_can_share_them(tmp_path: Path, prompts: Prompts) -> None:
+    def length(samples: int, tokens: int, **fields: Any) -> int:
+        recipe = WhisperRecipe(preset="mini", global_batch=samples, micro_batch=samples, **fields)
+        sample = {"mel": torch.zeros(1), "tokens": [0] * (tokens + 1)}
+        return collate([sample] * samples, CONFIG, text_step(recipe))["tokens"].shape[1]
+
+    assert [length(1, n, parallel=SHARED) for n in (3, 24, 25, 30)] == [24, 24, 30, 30]
+    assert length(3, 3, parallel=SHARED) == length(1, 3, parallel={"tp": 3}) == length(1, 3) == 8
+    write_wav(tmp_path / "a.wav", tone(0.2))
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"audio": "a.wav", "text": "a" * 27}))
+    assert len(Speech(listed, WhisperData(), prompts).lines) == 1
+    with pytest.raises(UserError, match=r"31 tokens, the network writes 30, and parallel\.sequence=true shares"):
+        Speech(listed, WhisperData(), prompts, 3)
+
+
+def test_sounds_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
+    def task(batch: int, tp: int, config: Any) -> Any:
+        parallel = {"tp": tp, "sequence": True}
+        return MODEL.task(
+            WhisperRecipe(preset="mini", global_batch=batch, micro_batch=batch, parallel=parallel), config
+        )
+
+    with pytest.raises(UserError, match=r"micro_batch=4: with parallel\.sequence=true, parallel\.tp=3 must divide"):
+        task(4, 3, CONFIG)
+    with pytest.raises(UserError, match=r"50 positions; nearest: 3 or 6, or parallel\.sequence=false"):
+        task(4, 3, CONFIG)
+    for batch, tp, preset in ((6, 3, "mini"), (1, 5, "large-v2"), (1, 6, "tiny.en"), (2, 8, "base.en")):
+        assert task(batch, tp, MODEL.preset(preset))
+    with pytest.raises(UserError, match="1500 positions; nearest: 2, or"):
+        task(1, 8, MODEL.preset("base.en"))
 
 
 def test_common_voice_is_read_as_it_comes(tmp_path: Path) -> None:
@@ -199,6 +267,20 @@ def test_unusable_sounds_are_named_or_left_out(
         speech(tmp_path, prompts, rows[1:], on_bad="skip")
 
 
+def test_a_sound_longer_than_its_header_says_is_no_sample(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut to what the network hears it would have the text of all."""
+    write_wav(tmp_path / "a.wav", tone(1.5))
+    write_wav(tmp_path / "b.wav", tone(0.5))
+    rows = [{"audio": name, "text": "a"} for name in ("a.wav", "b.wav")]
+    monkeypatch.setattr("mindspeed_model_whisper.data.seconds", lambda path: 0.5)
+    with pytest.raises(UserError, match=r"list\.jsonl:1: .*a\.wav: is longer than its header says, and than the 1 s"):
+        speech(tmp_path, prompts, rows).read(0, 0)
+    assert speech(tmp_path, prompts, rows, on_bad="skip").read(0, 0) is None
+    assert speech(tmp_path, prompts, rows).read(1, 0) is not None
+
+
 def test_silence_is_a_sample(tmp_path: Path, prompts: Prompts) -> None:
     write_wav(tmp_path / "a.wav", np.zeros(800))
     sample = speech(tmp_path, prompts, [{"audio": "a.wav", "text": ""}]).read(0, 0)
@@ -214,6 +296,10 @@ def test_silence_is_a_sample(tmp_path: Path, prompts: Prompts) -> None:
         ({"audio": "a.wav", "text": "a" * 40}, "its text has 44 tokens, the network writes 32"),
         ({"audio": "a.wav", "text": "a", "language": "xx"}, "language 'xx': the tokenizer knows no such language"),
         ({"audio": "a.wav", "segments": [{"start": 1}]}, "'segments' must be objects with start, end and text"),
+        (
+            {"audio": "a.wav", "segments": [{"start": 0.0, "end": float("nan"), "text": "a"}]},
+            "'segments' have a start or end that is no number of seconds",
+        ),
         (
             {"audio": "a.wav", "segments": [{"start": 0.5, "end": 0.1, "text": "a"}]},
             "'segments' must follow one another in time",

@@ -110,3 +110,14 @@ class TestSuite(ModelSuite):
             got = run_dist(self._train, world, other, folder, resume=True)[0]
             assert len(got) == 2
             assert all(abs(a - b) <= FP64 * abs(b) for a, b in zip(got, losses[2:], strict=True)), (layout, got, losses)
+
+    @pytest.mark.dist
+    def test_three_ranks_share_tokens(self, tmp_path: Path) -> None:
+        """Their texts are padded until they can: the numbers are those of one process."""
+        sizes = {"d_model": 24, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "vocab_size": 321}
+        sizes |= {"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_source_positions": 48}
+        fields: dict[str, Any] = {"precision": "fp64", "config": sizes, "steps": 2}
+        one = self._train(self.recipe(tmp_path, **fields), tmp_path / "one")
+        shared = self.recipe(tmp_path, **fields, parallel={"tp": 3, "sequence": True})
+        got = run_dist(self._train, 3, shared, tmp_path / "three")[0]
+        assert len(got) == 2 and all(abs(a - b) <= FP64 * abs(b) for a, b in zip(got, one, strict=True)), (got, one)

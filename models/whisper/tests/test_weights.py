@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import weights
+from mindspeed_model_core.data import load_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.tensorfile import save_tensors
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_core.testing.tolerance import FP64, assert_close
 from mindspeed_model_whisper import MODEL
+from mindspeed_model_whisper.data import Prompts
 from mindspeed_model_whisper.model import sinusoids
 from mindspeed_model_whisper.tiny import write_tiny_tokenizer
 
@@ -161,10 +163,59 @@ def test_what_generation_and_features_need_is_written(tmp_path: Path) -> None:
     words = write_tiny_tokenizer(tmp_path / "words")
     folder = save(tmp_path / "hub", extras_from=words)
     said = json.loads((folder / "generation_config.json").read_text())
-    assert said["lang_to_id"] == {"<|en|>": 258, "<|zh|>": 259, "<|de|>": 260}
+    assert list(said["lang_to_id"].items()) == [("<|en|>", 258), ("<|zh|>", 259), ("<|de|>", 260)]
     assert said["task_to_id"] == {"transcribe": 262, "translate": 261} and said["no_timestamps_token_id"] == 266
     features = json.loads((folder / "preprocessor_config.json").read_text())
     assert (features["feature_size"], features["chunk_length"], features["nb_max_frames"]) == (8, 1, 100)
     (folder / "generation_config.json").write_text('{"num_beams": 7}')
     weights.convert(folder, tmp_path / "again", MODEL, "hub")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == {"num_beams": 7}
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    from mindspeed_model_core.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["one two three"], 270, tmp_path / "words")
+    with pytest.raises(UserError, match=r"has no token <\|startoftranscript\|>; give Whisper's tokenizer"):
+        save(tmp_path / "hub", extras_from=tmp_path / "words")
+    assert not (tmp_path / "hub").exists()
+
+
+def write_early_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer as the first of the released folders have it: without tokenizer.json, without times."""
+    write_tiny_tokenizer(folder)
+    file = folder / "tokenizer.json"
+    held = json.loads(file.read_text())
+    file.unlink()
+    names = {each["content"]: each["id"] for each in held["added_tokens"]}
+    start, words = CONFIG.eos_token_id, held["model"]["vocab"]
+    ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    for name, value in {
+        "vocab.json": {word: number for word, number in words.items() if number <= start},
+        "added_tokens.json": {name: number for name, number in names.items() if number > start},
+        "special_tokens_map.json": {**ends, "additional_special_tokens": list(names)},
+        "normalizer.json": {"colour": "color"},
+        "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer", **ends},
+    }.items():
+        (folder / name).write_text(json.dumps(value))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def test_tokenizers_of_early_folders_are_read(tmp_path: Path) -> None:
+    """They have vocab.json and merges.txt; all of it travels with weights."""
+    early, now = write_early_tokenizer(tmp_path / "early"), write_tiny_tokenizer(tmp_path / "now")
+    folder = save(tmp_path / "hub", extras_from=early)
+    assert {path.name for path in early.iterdir()} <= {path.name for path in folder.iterdir()}
+    one, two = (load_tokenizer(each, CONFIG.vocab_size) for each in (folder, now))
+    text = "नमस्ते, hello"
+    assert Prompts(one, CONFIG).before("de", "transcribe", False) == Prompts(two, CONFIG).before(
+        "de", "transcribe", False
+    )
+    assert Prompts(one, CONFIG).text(text) == Prompts(two, CONFIG).text(text)
+    assert one.english_spelling_normalizer == {"colour": "color"}
+    said = [
+        json.loads((each / "generation_config.json").read_text())
+        for each in (folder, save(tmp_path / "b", extras_from=now))
+    ]
+    assert said[0] == said[1]

@@ -10,9 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -31,6 +29,7 @@ from .. import launch
 from ..errors import UserError
 from ..recipe import validate
 from ..tensorfile import publish, read_json, write_json
+from .ahead import ahead
 from .buckets import Bucket
 from .clips import BadFiles, PictureData, read_clip, read_reference, usable
 from .encoded import EMPTY_TEXT, write_empty_text
@@ -63,8 +62,6 @@ NProc = Annotated[str | None, typer.Option(metavar="N", help="Processes on this 
 
 D = TypeVar("D", bound=PictureData)
 E = TypeVar("E")
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def from_options(kind: type[D], values: Mapping[str, Any]) -> D:
@@ -210,7 +207,7 @@ def _encode(
         _stoppable(),
         FeatureWriter(destination, f"rank-{job.rank}", shard_bytes=shard_bytes) as writer,
     ):
-        for item, frames in _ahead(mine(), read):
+        for item, frames in ahead(mine(), read, _AHEAD):
             if isinstance(frames, UserError):
                 bad.add(frames)
             else:
@@ -253,21 +250,6 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _ahead(given: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
-    """Yield ``function`` of each in order, working ahead in a thread."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        waiting: deque[Future[R]] = deque()
-        for each in given:
-            waiting.append(pool.submit(function, each))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a job that is stopped has held samples to write first
 
 
 def _key(item: Item) -> str:

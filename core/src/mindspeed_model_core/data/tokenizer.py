@@ -13,7 +13,17 @@ from typing import Any
 from ..errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model")
-ALL_FILES = (*FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+PAIR = ("vocab.json", "merges.txt")
+"""What older folders have instead: both."""
+ALL_FILES = (
+    *FILES,
+    *PAIR,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "chat_template.jinja",
+)
 """What a tokenizer's folder may hold of it: these travel with weights."""
 KEPT = "tokenizer"
 """The folder, in a run's, of the tokenizer it was trained with."""
@@ -23,7 +33,7 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in FILES)
+    return any((folder / name).is_file() for name in FILES) or all((folder / name).is_file() for name in PAIR)
 
 
 def find_tokenizer(source: str | Path) -> Path | None:
@@ -75,9 +85,10 @@ def keep_tokenizer(source: Path, run: Path) -> None:
 def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> Any:
     """Return the transformers tokenizer of a folder, or of the tokenizer.json or tokenizer.model file in one.
 
-    Reads local files only and never runs code that comes with them. A folder with a SentencePiece tokenizer.model
-    alone, as in Meta's releases, is read as Llama's. With ``vocab_size`` a token the model has no embedding for is
-    an error. Raises UserError if there is no tokenizer or it cannot be read.
+    Older folders have vocab.json and merges.txt instead, with the special tokens beside them. Reads local files only
+    and never runs code that comes with them. A folder with a SentencePiece tokenizer.model alone, as in Meta's
+    releases, is read as Llama's. With ``vocab_size`` a token the model has no embedding for is an error. Raises
+    UserError if there is no tokenizer or it cannot be read.
     """
     folder = Path(source).expanduser()
     if folder.is_file() and folder.name in FILES:
@@ -85,10 +96,10 @@ def load_tokenizer(source: str | Path, vocab_size: int | None = None) -> Any:
     if not folder.is_dir():
         raise UserError(f"tokenizer {source}: expected a folder, or a file named {' or '.join(FILES)}")
     if not has_tokenizer(folder):
-        raise UserError(f"tokenizer {source}: no {' or '.join(FILES)} in this folder")
+        raise UserError(f"tokenizer {source}: no {' or '.join(FILES)} in this folder, nor {' with '.join(PAIR)}")
     described = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
     if not described and not (folder / "tokenizer.model").is_file():
-        raise UserError(f"tokenizer {source}: no tokenizer_config.json beside tokenizer.json")
+        raise UserError(f"tokenizer {source}: no tokenizer_config.json beside the vocabulary")
     from transformers import AutoTokenizer, LlamaTokenizer
 
     kind = AutoTokenizer if described else LlamaTokenizer

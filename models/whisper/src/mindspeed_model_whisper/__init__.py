@@ -3,7 +3,8 @@
 from mindspeed_model_core.model import Model
 
 from .config import PRESETS, WhisperConfig
-from .generate import evaluate_command, transcribe_command
+from .evaluate import evaluate_command
+from .generate import transcribe_command
 from .model import Whisper
 from .task import Transcription, WhisperRecipe
 from .weights import LAYOUTS

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mindspeed_model_core.data import IGNORE, SlotLoader, load_tokenizer
 from mindspeed_model_core.data.audio import read_audio, seconds
 from mindspeed_model_core.data.clips import BadFiles, content, naming, open_reader
@@ -30,8 +31,14 @@ RATE, WINDOW, HOP = 16000, 400, 160
 """Samples a second, in a window of the spectrogram, and from one window to the next."""
 TICK = 0.02
 """Seconds from one timestamp to the next."""
+_PART = 3000  # windows of a spectrogram that are made at a time
+SLACK = 0.1
+"""Seconds that a sound may be longer than its header says: codecs fill up their last packet."""
 MULTIPLE = 8
 """Texts of a micro-batch are padded to a multiple of so many tokens."""
+
+SPACELESS = ("zh", "ja", "th", "lo", "my", "yue")
+"""Languages without spaces between words, as the release lists them, which no joining adds and no counting needs."""
 
 _FILES, _TEXTS = ("audio", "path", "file"), ("text", "sentence", "transcription")
 _LANGUAGES = ("language", "locale")
@@ -62,11 +69,16 @@ def log_mel(audio: Tensor, mels: int, frames: int) -> Tensor:
     25 ms, in mel bands, as logarithms within 8 decades of the loudest, scaled to about -1 to 1.
     """
     size = frames * HOP
-    audio = torch.nn.functional.pad(audio[:size], (0, max(0, size - len(audio))))
-    window = torch.hann_window(WINDOW, device=audio.device)
-    power = torch.stft(audio, WINDOW, HOP, window=window, return_complex=True)[:, :-1].abs() ** 2
-    logs = (mel_bands(mels).to(audio.device).T @ power).clamp_min(1e-10).log10()
-    return (logs.maximum(logs.max() - 8) + 4) / 4
+    audio = F.pad(audio[:size], (0, max(0, size - len(audio))))
+    audio = F.pad(audio[None], (WINDOW // 2, WINDOW // 2), mode="reflect")[0]
+    window, bands = torch.hann_window(WINDOW, device=audio.device), mel_bands(mels).to(audio.device).T
+    logs = torch.empty(mels, frames, device=audio.device)
+    for begin in range(0, frames, _PART):  # a spectrum of hours would be larger than all else
+        end = min(begin + _PART, frames)
+        part = audio[begin * HOP : (end - 1) * HOP + WINDOW]
+        power = torch.stft(part, WINDOW, HOP, window=window, center=False, return_complex=True).abs() ** 2
+        logs[:, begin:end] = (bands @ power).clamp_min_(1e-10).log10_()
+    return logs.clamp_min_(float(logs.max()) - 8).add_(4).div_(4)
 
 
 @functools.cache
@@ -106,12 +118,12 @@ class Prompts:
             ("<|startoftranscript|>", config.decoder_start_token_id),
             ("<|endoftext|>", config.eos_token_id),
         ):
-            if self._id(name) != want:
+            if self.token(name) != want:
                 raise UserError(
-                    f"tokenizer {tokenizer.name_or_path}: {name} is {self._id(name)}, the model's is {want}; use the "
+                    f"tokenizer {tokenizer.name_or_path}: {name} is {self.token(name)}, the model's is {want}; use the "
                     "tokenizer that goes with the weights"
                 )
-        self.first_time = self._id("<|notimestamps|>") + 1
+        self.first_time = self.token("<|notimestamps|>") + 1
         # Releases differ by a language, which moves all that comes after it.
         released = config.vocab_size in RELEASED and config.eos_token_id >= WORDS
         if released and self.first_time + TIMES != config.vocab_size:
@@ -124,7 +136,7 @@ class Prompts:
     def languages(self) -> dict[str, int]:
         """The tokens of languages, which lie between the start and the tasks."""
         start, tasks = self.config.decoder_start_token_id, self.known.get("<|translate|>", 0)
-        return {name: number for name, number in self.known.items() if start < number < tasks}
+        return {name: n for name, n in sorted(self.known.items(), key=lambda each: each[1]) if start < n < tasks}
 
     def before(self, language: str, task: str, timestamps: bool) -> list[int]:
         """Return the tokens before a text: start, language, task, and whether it has no timestamps."""
@@ -136,7 +148,7 @@ class Prompts:
                 raise UserError(
                     f"language {language!r}: the tokenizer knows no such language{nearest(language, codes)}"
                 )
-            start += [self.languages[name], self._id(f"<|{task}|>")]
+            start += [self.languages[name], self.token(f"<|{task}|>")]
         elif (language, task) != ("en", "transcribe"):
             raise UserError(f"language {language!r}, task {task!r}: this model transcribes English alone")
         return start if timestamps else [*start, self.first_time - 1]
@@ -152,7 +164,8 @@ class Prompts:
             raise UserError(f"time {second:g}: is outside the {self.config.frames * HOP / RATE:g} seconds of a sound")
         return self.first_time + tick
 
-    def _id(self, name: str) -> int:
+    def token(self, name: str) -> int:
+        """Return a special token by its name; UserError if there is none."""
         if name not in self.known:
             raise UserError(f"tokenizer {self.tokenizer.name_or_path}: has no token {name}; give Whisper's tokenizer")
         return int(self.known[name])
@@ -198,30 +211,37 @@ def read_lines(path: Path, language: str) -> list[Line]:
         place = path.parent / written
         if path.suffix == ".tsv" and not place.exists():
             place = path.parent / "clips" / written
-        segments = _segments(where, row["segments"]) if row.get("segments") is not None else ()
-        text = "".join(part for *_, part in segments) if segments else column(where, row, _TEXTS).strip()
         spoken = column(where, row, _LANGUAGES) if any(row.get(name) for name in _LANGUAGES) else language
-        # Common Voice has locales, such as zh-CN.
-        lines.append(Line(place, where, spoken.partition("-")[0], text, segments))
+        spoken = spoken.partition("-")[0]  # Common Voice has locales, such as zh-CN
+        segments = _segments(where, row["segments"], spoken) if row.get("segments") is not None else ()
+        text = "".join(part for *_, part in segments) if segments else column(where, row, _TEXTS).strip()
+        lines.append(Line(place, where, spoken, text, segments))
     return lines
 
 
-def _segments(where: str, value: Any) -> tuple[tuple[float, float, str], ...]:
+def _segments(where: str, value: Any, language: str) -> tuple[tuple[float, float, str], ...]:
+    """Return segments of which each but the first begins with a space, as the released networks write them."""
     try:
         found = tuple((float(part["start"]), float(part["end"]), str(part["text"])) for part in value)
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{where}: 'segments' must be objects with start, end and text") from None
     ends = [time for start, end, _ in found for time in (start, end)]
+    if not all(map(math.isfinite, ends)):
+        raise UserError(f"{where}: 'segments' have a start or end that is no number of seconds")
     if ends != sorted(ends):
         raise UserError(f"{where}: 'segments' must follow one another in time")
-    return found
+    if language in SPACELESS:
+        return found
+    return tuple(
+        (start, end, f" {text.lstrip()}" if number else text) for number, (start, end, text) in enumerate(found)
+    )
 
 
 class Speech:
     """Reads a list of sounds: a batch holds ``mel``, ``tokens`` and ``labels``; UserError if none can be used."""
 
-    def __init__(self, path: Path, data: WhisperData, prompts: Prompts) -> None:
-        self.data, self.prompts, self.config = data, prompts, prompts.config
+    def __init__(self, path: Path, data: WhisperData, prompts: Prompts, step: int = 1) -> None:
+        self.data, self.prompts, self.config, self.step = data, prompts, prompts.config, step
         lines = read_lines(path, data.language)
         self.bad = BadFiles(data.on_bad)
         self.lines: list[Line] = []
@@ -260,10 +280,12 @@ class Speech:
         else:
             tokens = self.prompts.text(line.text)
         out = [*before, *tokens, self.config.eos_token_id]
-        if len(out) - 1 > self.config.max_target_positions:
+        most = longest_text(self.config, self.step)
+        if len(out) - 1 > most:
+            why = f", and parallel.sequence=true shares out multiples of {self.step}" if self.step > 1 else ""
             raise UserError(
-                f"{line.path}: its text has {len(out) - 1} tokens, the network writes "
-                f"{self.config.max_target_positions}; cut the sound into parts"
+                f"{line.path}: its text has {len(out) - 1} tokens, the network writes {most}{why}; cut the sound into "
+                "parts"
             )
         return out
 
@@ -273,7 +295,12 @@ class Speech:
         try:
             with naming(line.where):
                 most = self.config.frames * HOP / RATE
-                audio = read_audio(line.path, RATE, most)
+                audio = read_audio(line.path, RATE, most + 2 * SLACK)
+                if len(audio) > (most + SLACK) * RATE:
+                    raise UserError(
+                        f"{line.path}: is longer than its header says, and than the {most:g} s that the network hears; "
+                        "cut it into parts"
+                    )
                 tokens = self._tokens(line, min(most, len(audio) / RATE))
         except UserError as error:
             self.bad.found_late(error)
@@ -282,13 +309,27 @@ class Speech:
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Return a micro-batch."""
-        return collate(samples, self.config)
+        return collate(samples, self.config, self.step)
 
 
-def collate(samples: Sequence[Mapping[str, Any]], config: WhisperConfig) -> Batch:
-    """Return ``mel [batch, mels, frames]`` and ``tokens``, ``labels`` ``[batch, length]``: each token's is the next."""
-    longest = max(len(sample["tokens"]) for sample in samples) - 1
-    length = min(-(-longest // MULTIPLE) * MULTIPLE, config.max_target_positions)
+def text_step(recipe: Recipe) -> int:
+    """Return what a length of text must be a multiple of, so that tensor-parallel ranks can share a micro-batch's."""
+    parallel = recipe.parallel
+    return parallel.tp // math.gcd(parallel.tp, recipe.micro_batch) if parallel.sequence else 1
+
+
+def longest_text(config: WhisperConfig, step: int) -> int:
+    """Return the longest text that the network writes, of those that are a multiple of ``step``."""
+    return config.max_target_positions // step * step
+
+
+def collate(samples: Sequence[Mapping[str, Any]], config: WhisperConfig, step: int = 1) -> Batch:
+    """Return ``mel [batch, mels, frames]`` and ``tokens``, ``labels`` ``[batch, length]``: each token's is the next.
+
+    ``length`` is a multiple of ``step``, and of ``MULTIPLE`` where the network's longest text allows it.
+    """
+    longest, multiple = max(len(sample["tokens"]) for sample in samples) - 1, math.lcm(MULTIPLE, step)
+    length = min(-(-longest // multiple) * multiple, longest_text(config, step))
     tokens = torch.full((len(samples), length), config.pad_token_id)
     labels = torch.full((len(samples), length), IGNORE)
     for row, sample in enumerate(samples):
@@ -303,8 +344,8 @@ class Random:
     keys = (0,)
     identity: Mapping[str, Any] = {}
 
-    def __init__(self, length: int, config: WhisperConfig) -> None:
-        self.length, self.config = min(length, config.max_target_positions), config
+    def __init__(self, length: int, config: WhisperConfig, step: int = 1) -> None:
+        self.length, self.config, self.step = min(length, longest_text(config, step)), config, step
 
     def read(self, index: int, seed: int) -> Sample:
         """Return a sample that follows from its seed."""
@@ -315,7 +356,7 @@ class Random:
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Return a micro-batch."""
-        return collate(samples, self.config)
+        return collate(samples, self.config, self.step)
 
 
 def open_data(recipe: Recipe, config: WhisperConfig, rank: int, ranks: int) -> SlotLoader:
@@ -324,10 +365,11 @@ def open_data(recipe: Recipe, config: WhisperConfig, rank: int, ranks: int) -> S
     if data.path is None:
         raise UserError("data.path: this field is required; give a list of sounds and their texts")
     prompts = Prompts(open_tokenizer(data, recipe.init_from, config), config)
-    reader = Speech(Path(data.path).expanduser(), data, prompts)
+    reader = Speech(Path(data.path).expanduser(), data, prompts, text_step(recipe))
     return open_reader(reader, recipe, rank, ranks, workers=data.workers)
 
 
 def synthetic_data(recipe: Recipe, config: WhisperConfig, rank: int, ranks: int) -> SlotLoader:
     """Return the loader of random samples of the recipe's length."""
-    return open_reader(Random(recipe.data.synthetic, config), recipe, rank, ranks)  # type: ignore[attr-defined]
+    source = Random(recipe.data.synthetic, config, text_step(recipe))  # type: ignore[attr-defined]
+    return open_reader(source, recipe, rank, ranks)

@@ -1,9 +1,9 @@
-"""The ``transcribe`` and ``evaluate`` commands: transformers' search around this network."""
+"""The ``transcribe`` command: transformers' search around this network."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,21 +12,23 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import typer
+from mindspeed_model_core import checkpoint
 from mindspeed_model_core import device as devices
 from mindspeed_model_core.data import load_tokenizer
-from mindspeed_model_core.data.audio import read_audio
-from mindspeed_model_core.data.clips import naming
+from mindspeed_model_core.data.ahead import ahead
+from mindspeed_model_core.data.audio import read_audio, seconds
 from mindspeed_model_core.data.tokenizer import find_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.frozen import quiet
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.sampling import load_network, pick_dtype
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .data import HOP, RATE, Line, Prompts, log_mel, read_lines
+from .data import HOP, RATE, Prompts, log_mel
 from .model import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, Whisper, positions
-from .weights import GENERATION, generation_settings
+from .weights import GENERATION, generation_settings, read_generation
 
 FALLBACK = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Temperatures tried one after the other while a text repeats itself or is unlikely (Radford et al. 2022, 4.5)."""
@@ -56,16 +58,25 @@ class Transcriber:
         task: str = "transcribe",
         timestamps: bool = False,
         beams: int = 1,
+        advance: Callable[[float], None] = lambda _: None,
     ) -> Transcript:
         """Return the transcript of fp32 ``[samples]`` at 16 kHz; ``language`` None is heard from the sound.
 
         A sound longer than the network's 30 s is heard from timestamp to timestamp. The same sound has the same
-        transcript.
+        transcript. ``advance`` is told the seconds that were heard, as they are.
         """
-        return self.several([audio], language=language, task=task, timestamps=timestamps, beams=beams)[0]
+        told: dict[str, Any] = {"timestamps": timestamps, "beams": beams, "advance": advance}
+        return self.several([audio], language=language, task=task, **told)[0]
 
     def several(
-        self, sounds: Sequence[Tensor], *, language: str | None, task: str, timestamps: bool = False, beams: int = 1
+        self,
+        sounds: Sequence[Tensor],
+        *,
+        language: str | None,
+        task: str,
+        timestamps: bool = False,
+        beams: int = 1,
+        advance: Callable[[float], None] = lambda _: None,
     ) -> list[Transcript]:
         """Return the transcripts of sounds heard at once; one that is longer than the network's 30 s comes alone."""
         config = self.net.config
@@ -83,7 +94,15 @@ class Transcriber:
             "logprob_threshold": UNLIKELY,
             "no_speech_threshold": NO_SPEECH,
         }
-        with torch.inference_mode(), quiet(), torch.random.fork_rng(devices=[]):
+        heard = 0.0
+
+        def tell(places: Tensor) -> None:
+            nonlocal heard
+            now = float(places[0, 0]) * HOP / RATE
+            advance(now - heard)
+            heard = now
+
+        with _listening(self.net), torch.inference_mode(), quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # above temperature 0 tokens are drawn
             found = self.network.generate(
                 mel.to(place.device, place.dtype),
@@ -91,9 +110,11 @@ class Transcriber:
                 return_timestamps=timestamps or long,
                 return_segments=True,
                 num_beams=beams,
+                monitor_progress=tell if long else None,
                 **(thresholds if long else {}),
                 **told,
             )
+        advance(sum(map(len, sounds)) / RATE - heard)
         return [self._transcript(parts, timestamps) for parts in found["segments"]]
 
     @property
@@ -149,14 +170,26 @@ def _in_transformers(net: Whisper, settings: dict[str, Any]) -> Any:
 
     config = WhisperConfig(**{**net.config.model_dump(), "encoder_layers": 0, "decoder_layers": 0})
     with torch.device("meta"):
-        network = Network(config)
+        network = Network(config).eval()
     network.config.encoder_layers, network.config.decoder_layers = net.config.encoder_layers, net.config.decoder_layers
     network.config.num_hidden_layers = net.config.encoder_layers
     network.model = nn.Module()
     network.model.encoder, network.model.net, network.model.config = Encoder(), net, network.config
     del network.proj_out
     network.generation_config = GenerationConfig(**settings)
-    return network.eval()
+    return network
+
+
+@contextmanager
+def _listening(net: Whisper) -> Iterator[None]:
+    """Have a network that may be training do no more than hear, and then be as it was."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def encode(net: Whisper, mel: Tensor) -> Tensor:
@@ -216,69 +249,6 @@ def _rows(z: Tensor) -> Tensor:
     return z.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------ errors
-
-
-def distance(want: Sequence[Hashable], got: Sequence[Hashable]) -> int:
-    """Return how few insertions, deletions and replacements turn one into the other (Levenshtein 1966)."""
-    row = list(range(len(got) + 1))
-    for count, wanted in enumerate(want, 1):
-        before, row[0] = row[0], count
-        for place, found in enumerate(got, 1):
-            before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (wanted != found))
-    return row[-1]
-
-
-def error_rates(pairs: Sequence[tuple[str, str]]) -> tuple[float, float]:
-    """Return the word and character error rates of (wanted, found) texts: errors over what is wanted of all.
-
-    UserError if nothing is wanted: there is no rate of nothing.
-    """
-    words = sum(len(want.split()) for want, _ in pairs)
-    letters = sum(len(want.replace(" ", "")) for want, _ in pairs)
-    if not words:
-        raise UserError("evaluate: all texts are empty, there is no rate of errors")
-    wrong = sum(distance(want.split(), got.split()) for want, got in pairs)
-    off = sum(distance(want.replace(" ", ""), got.replace(" ", "")) for want, got in pairs)
-    return wrong / words, off / letters
-
-
-def plain(text: str) -> str:
-    """Return a text without case, punctuation and what is in brackets, as published of languages but English."""
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
-
-    return str(BasicTextNormalizer()(text)).strip()
-
-
-def hear(
-    transcriber: Transcriber, lines: Sequence[Line], *, task: str = "transcribe", beams: int = 1, batch: int = 8
-) -> list[str]:
-    """Return what is heard of each line, ``batch`` sounds of one language at once; longer ones than 30 s alone."""
-    most = transcriber.net.config.frames * HOP
-    heard: dict[int, str] = {}
-    groups: dict[str, list[tuple[int, Tensor]]] = {}
-
-    def take(group: list[tuple[int, Tensor]]) -> None:
-        numbers, sounds = zip(*group, strict=True)
-        first = lines[numbers[0]]
-        with naming(first.where):
-            found = transcriber.several(sounds, language=first.language, task=task, beams=beams)
-        heard.update((number, each.text) for number, each in zip(numbers, found, strict=True))
-
-    for number, line in enumerate(lines):
-        with naming(line.where):
-            audio = read_audio(line.path, RATE)
-        if len(audio) > most:
-            take([(number, audio)])
-            continue
-        groups.setdefault(line.language, []).append((number, audio))
-        if len(groups[line.language]) == batch:
-            take(groups.pop(line.language))
-    for group in groups.values():
-        take(group)
-    return [heard[number] for number in range(len(lines))]
-
-
 # ------------------------------------------------------------------------------------------------ commands
 
 
@@ -295,37 +265,81 @@ def open_transcriber(
         if words is None:
             raise UserError(f"{source}: no tokenizer there; name a folder with one: --tokenizer DIR")
         opened = load_tokenizer(words, net.config.vocab_size)
-    return Transcriber(net, opened, generation_settings(source / GENERATION, opened, net.config))
+        settings = generation_settings(opened, net.config)
+        said = find_generation(source)
+        if said is not None:
+            settings = read_generation(said, settings, net.config)
+        try:
+            return Transcriber(net, opened, settings)
+        except (TypeError, ValueError) as error:
+            if said is None or isinstance(error, UserError):
+                raise
+            raise UserError(f"{said}: not settings that transformers takes ({' '.join(str(error).split())})") from None
 
 
-_Source = Annotated[
+def find_generation(source: Path) -> Path | None:
+    """Return the generation_config.json beside weights, for a run beside those it began with; None: there is none."""
+    source = source.expanduser()
+    if (source / GENERATION).is_file():
+        return source / GENERATION
+    if not checkpoint.is_checkpoint(source):
+        return None
+    origin = checkpoint.read_info(checkpoint.locate(source))["recipe"].get("init_from")
+    return find_generation(Path(origin)) if origin else None
+
+
+@contextmanager
+def hearing(total: float, done: float = 0.0) -> Iterator[Callable[[float], None]]:
+    """Show on a terminal how many seconds of sound are heard; gives a function that adds some."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("hearing"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.total:.0f} s"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,  # what is printed meanwhile may go to a file
+    ) as shown:
+        task = shown.add_task("", total=total, completed=done)  # type: ignore[arg-type]
+        yield lambda some: shown.advance(task, some)
+
+
+Source = Annotated[
     Path, typer.Argument(metavar="SRC", help="A hub folder, an original release or a run's folder or checkpoint.")
 ]
-_Language = Annotated[
+Language = Annotated[
     str | None,
     typer.Option(metavar="CODE", help="What is spoken, such as en or zh.  \\[default: heard from the sound]"),
 ]
-_Task = Annotated[Literal["transcribe", "translate"], typer.Option(help="Write what is said, or that in English.")]
-_Beams = Annotated[int, typer.Option(metavar="N", min=1, help="Texts followed at a time; 1: the likeliest token.")]
-_Tokenizer = Annotated[
+Task = Annotated[Literal["transcribe", "translate"], typer.Option(help="Write what is said, or that in English.")]
+Beams = Annotated[int, typer.Option(metavar="N", min=1, help="Texts followed at a time; 1: the likeliest token.")]
+Tokenizer = Annotated[
     Path | None, typer.Option(metavar="DIR", help="The tokenizer's folder.  \\[default: the one of SRC]")
 ]
-_Device = Annotated[str | None, typer.Option(metavar="KIND", help="npu, cuda or cpu.  \\[default: the first present]")]
-_Dtype = Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="Precision.  \\[default: fp32 on cpu, else bf16]")]
-_Ema = Annotated[bool, typer.Option("--ema", help="Take a run's moving average.")]
+Device = Annotated[str | None, typer.Option(metavar="KIND", help="npu, cuda or cpu.  \\[default: the first present]")]
+Dtype = Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="Precision.  \\[default: fp32 on cpu, else bf16]")]
+Ema = Annotated[bool, typer.Option("--ema", help="Take a run's moving average.")]
+
+
+def _read(path: Path) -> tuple[Tensor, list[float]]:
+    """Return a file's sound, and the seconds at which it is damaged: of a talk, what can be heard is wanted."""
+    damage: list[float] = []
+    return read_audio(path, RATE, damaged=damage.append), damage
 
 
 def transcribe_command(
-    source: _Source,
+    source: Source,
     sounds: Annotated[list[Path], typer.Argument(metavar="SOUND...", help="Files of any length: wav, flac, mp3, ...")],
-    language: _Language = None,
-    task: _Task = "transcribe",
+    language: Language = None,
+    task: Task = "transcribe",
     timestamps: Annotated[bool, typer.Option("--timestamps", help="Say when each part is said.")] = False,
-    beams: _Beams = 1,
-    tokenizer: _Tokenizer = None,
-    device: _Device = None,
-    dtype: _Dtype = None,
-    ema: _Ema = False,
+    beams: Beams = 1,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    ema: Ema = False,
 ) -> None:
     """Write down what sounds say.
 
@@ -333,48 +347,23 @@ def transcribe_command(
     [green]$ mindspeed-whisper transcribe whisper-large-v3 talk.mp3 --language en --timestamps[/green]
     [green]$ mindspeed-whisper transcribe runs/whisper-tiny one.wav two.wav --beams 5[/green]
     """
-    read = [(path, read_audio(path, RATE)) for path in sounds]
+    total, done = sum(map(seconds, sounds)), 0.0
     transcriber = open_transcriber(source, tokenizer, device, dtype, ema=ema)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for path, audio in read:
-        found = transcriber(audio, language=language, task=task, timestamps=timestamps, beams=beams)
-        if len(read) > 1:
+    for path, (audio, damage) in zip(sounds, ahead(sounds, _read, 1), strict=True):
+        if damage:
+            typer.echo(
+                f"{path}: {len(damage)} packets cannot be decoded, the first at {damage[0]:.2f} s; they are heard as "
+                "silence",
+                err=True,
+            )
+        with hearing(total, done) as advance:
+            options: dict[str, Any] = {"timestamps": timestamps, "beams": beams, "advance": advance}
+            found = transcriber(audio, language=language, task=task, **options)
+        done += len(audio) / RATE
+        if len(sounds) > 1:
             console.print(f"{path}:", style="bold")
         for start, end, text in found.segments:
             console.print(f"{start:8.2f} {end:8.2f} {text.strip()}")
         if not timestamps:
             console.print(found.text)
-
-
-def evaluate_command(
-    source: _Source,
-    listed: Annotated[Path, typer.Argument(metavar="LIST", help="Sounds and their texts: .jsonl, .csv or .tsv.")],
-    language: Annotated[str, typer.Option(metavar="CODE", help="The language of lines that name none.")] = "en",
-    task: _Task = "transcribe",
-    beams: _Beams = 1,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sounds heard at once.")] = 8,
-    exact: Annotated[bool, typer.Option("--exact", help="Count case and punctuation, too.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write each text and what was heard, .jsonl.")
-    ] = None,
-    tokenizer: _Tokenizer = None,
-    device: _Device = None,
-    dtype: _Dtype = None,
-    ema: _Ema = False,
-) -> None:
-    """Count the errors of transcripts: of words (WER) and of characters (CER).
-
-    \b
-    [green]$ mindspeed-whisper evaluate whisper-small cv-corpus/hi/test.tsv --language hi[/green]
-    """
-    lines = read_lines(listed, language)
-    transcriber = open_transcriber(source, tokenizer, device, dtype, ema=ema)
-    heard = hear(transcriber, lines, task=task, beams=beams, batch=batch)
-    rows = [{"audio": str(x.path), "text": x.text, "heard": said} for x, said in zip(lines, heard, strict=True)]
-    pairs = [(row["text"], row["heard"]) for row in rows]
-    if not exact:
-        pairs = [(plain(text), plain(said)) for text, said in pairs]
-    words, letters = error_rates(pairs)
-    if out is not None:
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    Console(highlight=False).print(f"{len(lines)} sounds: WER {words:.2%}, CER {letters:.2%}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from mindspeed_model_core.data import IGNORE, Loader
+from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Unit, Work
 from mindspeed_model_core.trunk import Batch
@@ -24,6 +27,7 @@ class Transcription:
     unit: Unit = "samples"
 
     def __init__(self, recipe: WhisperRecipe, config: WhisperConfig) -> None:
+        _check_sequence(recipe, config)
         self.recipe, self.config = recipe, config
 
     def data(self, rank: int, ranks: int) -> Loader:
@@ -50,6 +54,23 @@ class Transcription:
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the sum of the tokens' losses, which the network computed."""
         return output
+
+
+def _check_sequence(recipe: WhisperRecipe, config: WhisperConfig) -> None:
+    """Raise UserError unless tensor-parallel ranks can share a micro-batch's sounds evenly, where they are to.
+
+    Texts are padded until they can.
+    """
+    parallel, batch, positions = recipe.parallel, recipe.micro_batch, config.max_source_positions
+    if not parallel.sequence or batch * positions % parallel.tp == 0:
+        return
+    step = parallel.tp // math.gcd(parallel.tp, positions)
+    down, up = batch // step * step, -(-batch // step) * step
+    fits = " or ".join(str(each) for each in (down, up) if each)
+    raise UserError(
+        f"micro_batch={batch}: with parallel.sequence=true, parallel.tp={parallel.tp} must divide its sounds of "
+        f"{positions} positions; nearest: {fits}, or parallel.sequence=false"
+    )
 
 
 def forward_flops(config: WhisperConfig, length: int) -> float:

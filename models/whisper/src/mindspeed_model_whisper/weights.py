@@ -26,6 +26,7 @@ from mindspeed_model_core.tensorfile import (
 from torch import Tensor
 
 from .config import PRESETS, WhisperConfig
+from .data import Prompts
 from .model import Whisper, sinusoids
 
 HUB_FEATURES, GENERATION = "preprocessor_config.json", "generation_config.json"
@@ -174,7 +175,7 @@ def complete_hub(config: WhisperConfig, folder: Path) -> None:
     """Write what follows from configuration and tokenizer, where none came along: of features and of generation."""
     path = folder / GENERATION
     if not path.exists() and has_tokenizer(folder):
-        write_json(path, generation_settings(path, load_tokenizer(folder), config))
+        write_json(path, generation_settings(load_tokenizer(folder), config))
     path = folder / HUB_FEATURES
     if path.exists():
         return
@@ -197,11 +198,9 @@ def complete_hub(config: WhisperConfig, folder: Path) -> None:
     )
 
 
-def generation_settings(path: Path, tokenizer: Any, config: WhisperConfig) -> dict[str, Any]:
-    """Return what a folder's generation_config.json says, or if there is none what follows from the tokenizer."""
-    if path.is_file():
-        return read_json(path)
-    known = tokenizer.get_vocab()
+def generation_settings(tokenizer: Any, config: WhisperConfig) -> dict[str, Any]:
+    """Return a generation_config.json's values, which follow from tokenizer and sizes; UserError if it is another's."""
+    prompts = Prompts(tokenizer, config)
     start, end = config.decoder_start_token_id, config.eos_token_id
     silent = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|nocaptions|>"]
     settings: dict[str, Any] = {
@@ -209,20 +208,66 @@ def generation_settings(path: Path, tokenizer: Any, config: WhisperConfig) -> di
         "bos_token_id": config.bos_token_id,
         "eos_token_id": end,
         "pad_token_id": config.pad_token_id,
-        "no_timestamps_token_id": known["<|notimestamps|>"],
+        "no_timestamps_token_id": prompts.token("<|notimestamps|>"),
         "max_initial_timestamp_index": 50,
         "max_length": config.max_target_positions,
         "return_timestamps": False,
         "is_multilingual": config.multilingual,
-        "suppress_tokens": sorted({start, *(known[name] for name in silent if name in known)}),
+        "suppress_tokens": sorted({start, *(prompts.known[name] for name in silent if name in prompts.known)}),
         "begin_suppress_tokens": [*tokenizer.encode(" ", add_special_tokens=False)[:1], end],
     }
-    if "<|startofprev|>" in known:
-        settings["prev_sot_token_id"] = known["<|startofprev|>"]
+    if "<|startofprev|>" in prompts.known:
+        settings["prev_sot_token_id"] = prompts.known["<|startofprev|>"]
     if config.multilingual:
-        settings["lang_to_id"] = {k: v for k, v in known.items() if start < v < known["<|translate|>"]}
-        settings["task_to_id"] = {name: known[f"<|{name}|>"] for name in ("transcribe", "translate")}
+        settings["lang_to_id"] = prompts.languages
+        settings["task_to_id"] = {name: prompts.token(f"<|{name}|>") for name in ("transcribe", "translate")}
     return settings
+
+
+_FOLLOW = ("decoder_start_token_id", "eos_token_id", "no_timestamps_token_id", "prev_sot_token_id", "is_multilingual")
+"""What a generation_config.json cannot say otherwise than tokenizer and sizes do."""
+_TOLD = ("forced_decoder_ids", "return_timestamps", "cache_implementation")
+"""What transcribing is told, or has in one way: these of a file say nothing."""
+
+
+def read_generation(path: Path, settings: Mapping[str, Any], config: WhisperConfig) -> dict[str, Any]:
+    """Return the settings of a folder's generation_config.json over those that follow from the tokenizer.
+
+    An old file may lack any; UserError names the field of one that goes with other weights.
+    """
+    found = {key: value for key, value in read_json(path).items() if value is not None and key not in _TOLD}
+
+    def refuse(field: str, value: Any, rule: str) -> UserError:
+        return UserError(
+            f"{path}: {field}={value!r}: {rule}; take the file that goes with these weights, or remove it, what is "
+            "needed follows from the tokenizer"
+        )
+
+    for field in _FOLLOW:
+        if field in found and field in settings and found.pop(field) != settings[field]:
+            raise refuse(field, read_json(path)[field], f"is {settings[field]!r} by the weights and their tokenizer")
+    for field in ("lang_to_id", "task_to_id"):
+        given, known = found.pop(field, {}), settings.get(field, {})
+        if not isinstance(given, dict):
+            raise refuse(field, given, "must be an object of tokens")
+        for name, token in given.items():
+            if known and known.get(name) != token:
+                raise refuse(f"{field}[{name}]", token, f"is {known.get(name)} by the tokenizer")
+    for field in ("bos_token_id", "pad_token_id"):
+        if field in found and not _is_token(found[field], config):
+            raise refuse(field, found[field], f"must be from 0 to {config.vocab_size - 1}")
+    for field in ("suppress_tokens", "begin_suppress_tokens"):
+        given = found.get(field, [])
+        if not isinstance(given, list) or not all(_is_token(each, config) for each in given):
+            raise refuse(field, given, f"must be a list of tokens from 0 to {config.vocab_size - 1}")
+    most = found.get("max_length", 1)
+    if not isinstance(most, int) or not 1 <= most <= config.max_target_positions:
+        raise refuse("max_length", most, f"must be from 1 to {config.max_target_positions}")
+    return {**settings, **found}
+
+
+def _is_token(value: Any, config: WhisperConfig) -> bool:
+    return type(value) is int and 0 <= value < config.vocab_size
 
 
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
@@ -238,7 +283,7 @@ HUB = Layout(
     files=Safetensors(),
     loose=("init_std", *_TOKENS),
     extra=lambda config, dtype: _positions(config, dtype, _HUB),
-    extras=(*TOKENIZER_FILES, "normalizer.json", GENERATION, HUB_FEATURES),
+    extras=(*TOKENIZER_FILES, GENERATION, HUB_FEATURES),
     complete=complete_hub,
     adapter=PEFT,
 )
