@@ -195,9 +195,7 @@ def test_diffusers_form_says_all_in_one_file(hub: Path, run: Path, tmp_path: Pat
     save_file({**plain, **alphas}, file)
     assert torch.equal(logits(hub, lora), want)
     save_file(plain, file)
-    with pytest.raises(
-        UserError, match=r"lora.alpha=6: .*/adapter has alpha 4; to go on with what it holds, set lora.alpha=4$"
-    ):
+    with pytest.raises(UserError, match=r"lora.alpha=6: .*/adapter has alpha 4; .*, set lora.alpha=4$"):
         logits(hub, lora)
 
 
