@@ -127,7 +127,7 @@ def test_order_and_resuming_depend_on_no_layout(folder: Path) -> None:
     parted = loaders(2, workers=1)
     assert equal(list(drawn(parted, 4)), reference[:4])
     states = [json.loads(json.dumps(each.state_dict())) for each in parted]
-    assert set(states[0]) == {"slots", "micro_batch", "data.path (content)"}
+    assert set(states[0]) == {"slots", "micro_batch", "data.path (content)", "data.path (samples)"}
     merged = {**states[0], "slots": {k: v for state in states for k, v in state["slots"].items()}}
     for resumed in (loaders(1), loaders(2)):
         for each in resumed:
