@@ -61,7 +61,8 @@ def _rows(tensor: Tensor) -> Tensor:
 def test_a_release_tells_its_sizes(kontext: bool, guidance: bool, tmp_path: Path) -> None:
     config = TINY.model_copy(update={"kontext": kontext, "guidance_embeds": guidance})
     folder = save(tmp_path / "made", ORIGINAL, kontext=kontext, guidance_embeds=guidance)
-    assert [path.name for path in folder.iterdir()] == [f"flux1-{'kontext-' * kontext}dev.safetensors"]
+    name = "kontext-dev" if kontext else "dev" if guidance else "schnell"
+    assert [path.name for path in folder.iterdir()] == [f"flux1-{name}.safetensors"]
     assert ORIGINAL.detect(folder) and not HUB.detect(folder)
     assert ORIGINAL.read_config(folder) == config
     assert weights.read_config(folder, MODEL) == config
@@ -77,6 +78,20 @@ def test_a_pipeline_says_that_it_is_kontext_s(tmp_path: Path) -> None:
         weights.load(open_net(MODEL, TINY.model_copy(update={"kontext": kontext})), folder, MODEL)
     weights.convert(folder, tmp_path / "single", MODEL, "original")
     assert (tmp_path / "single" / "flux1-kontext-dev.safetensors").is_file()
+
+
+def test_a_transformer_is_schnell_s_unless_it_says_that_it_is_told_guidance(tmp_path: Path) -> None:
+    """As diffusers reads it; a recipe that means another is told which preset it is."""
+    folder = save(tmp_path / "made", HUB, guidance_embeds=False)
+    path = folder / "transformer" / "config.json"
+    said = json.loads(path.read_text())
+    assert said.pop("guidance_embeds") is False
+    path.write_text(json.dumps(said))
+    assert not HUB.read_config(folder).guidance_embeds
+    with pytest.raises(UserError, match="guidance_embeds"):
+        weights.check_source(folder, MODEL, TINY)
+    path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    assert HUB.read_config(folder) == MODEL.presets["schnell"]
 
 
 def test_other_networks_are_refused(tmp_path: Path) -> None:
