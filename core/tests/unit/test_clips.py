@@ -342,7 +342,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path, capsys: Any, monke
     (folder / "d.txt").write_text("of no image")
     load(folder, kind=Pictures)
     said = said.replace("4 files", "5 files").replace("1 without", "1 .txt, 1 without")
-    assert re.match(rf"{folder}: left out are {said}", capsys.readouterr().err)
+    assert re.match(rf"{folder}: left out: {said}", capsys.readouterr().err)
     monkeypatch.setenv("RANK", "1")
     load(folder, kind=Pictures)
     assert not capsys.readouterr().err

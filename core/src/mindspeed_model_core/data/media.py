@@ -95,7 +95,8 @@ def image_kinds() -> tuple[str, ...]:
     """Return the ends of names of images that can be read here: .avif where Pillow was built with it."""
     from PIL import features
 
-    return tuple(sorted((*_IMAGES, _AVIF))) if features.check("avif") else _IMAGES
+    has_avif = "avif" in features.modules and features.check("avif")  # Pillow before 11.2 does not know the word
+    return tuple(sorted((*_IMAGES, _AVIF))) if has_avif else _IMAGES
 
 
 def holds_images(folder: Path) -> bool:
@@ -128,7 +129,7 @@ def read_items(path: str | Path, *, prompt: str | None = None, references: bool 
     if not images:
         raise UserError(f"{path}: holds no image{f', but {others}' if others else ''}; {_advice()}")
     if others and launch.first_rank():
-        print(f"{path}: left out are {others}; {_advice()}", file=sys.stderr, flush=True)
+        print(f"{path}: left out: {others}; {_advice()}", file=sys.stderr, flush=True)
     return [Item(0, file, _caption(file, prompt), file.name, str(path)) for file in images]
 
 
