@@ -37,6 +37,8 @@ _ENDS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weigh
 _LEAVES = (*_ENDS[0], *_ENDS[1], "alpha")
 # What precedes the original layers' names, in the latter case with underscores for dots.
 _BARE, _FLAT = "diffusion_model.", "lora_unet_"
+# And what precedes those of text encoders, which some of these trainers adapt as well.
+_TEXT = ("text_encoder", "lora_te")
 # What peft can do to a layer beside adding B A x, and the value that leaves it out.
 _PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
 
@@ -220,6 +222,11 @@ def _open_file(path: Path, file: Path, form: AdapterFormat, model: Model, config
     )
     for stem in sorted(keys.keys() - where.keys()):
         leaf, key = next(iter(keys[stem].items()))
+        if stem.startswith(_TEXT):
+            raise UserError(
+                f"{file}: {key!r} adapts a text encoder, which stays as it is here; keep the network's adapters alone, "
+                f"keys that begin with {form.prefix!r}"
+            )
         raise UserError(
             f"{file}: unknown key {key!r}: {model.name} has no such linear layer"
             f"{nearest(key, [f'{spelled}.{leaf}' for spelled in where])}; read are keys in peft's, diffusers' and the "

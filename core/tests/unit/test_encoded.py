@@ -135,6 +135,15 @@ def test_order_and_resuming_depend_on_no_layout(folder: Path) -> None:
         assert equal(list(drawn(resumed, 3)), reference[4:])
 
 
+def test_a_position_is_of_as_many_samples(folder: Path) -> None:
+    state = open_loader(prepared(folder)).state_dict()
+    with FeatureWriter(folder, "rank-1") as writer:
+        writer.add("00000000-more", sample(0))
+    write_index(folder, {})
+    with pytest.raises(UserError, match=rf"^data.path \(samples\): is {COUNT + 1} now and was {COUNT} when the run"):
+        open_loader(prepared(folder)).load_state_dict(state)
+
+
 def test_a_sample_without_its_text_has_all_that_the_empty_one_was_encoded_to(folder: Path) -> None:
     for share in (0.0, 0.5, 1.0):
         dropped = 0

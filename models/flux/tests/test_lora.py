@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import train, weights
+from mindspeed_model_core import adapters, train, weights
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.testing.suite import open_net, randomise
@@ -209,6 +209,15 @@ def test_theirs_that_no_run_can_hold_are_refused(hub: Path, tmp_path: Path) -> N
     assert "has adapters of rank 3 (blocks.2.qkv_up) and 2 (blocks.0.attention.out)" in said(tmp_path / "ranks")
     save_theirs(hub, tmp_path / "scales", ATTENTION, alpha_pattern={"to_out.0": 3})
     assert "of scale 2 (blocks.2.qkv_up) and 1 (blocks.0.attention.out)" in said(tmp_path / "scales")
+    file = tmp_path / "ranks" / "pytorch_lora_weights.safetensors"
+    key = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**load_file(file), key: torch.ones(3, 8)}, file)
+    for use in (
+        lambda: adapters.open_adapters(file, MODEL, TINY),
+        lambda: weights.convert(hub, tmp_path / "no", MODEL, "hub", merge_lora=file),
+    ):
+        with pytest.raises(UserError, match=rf"{file}: '{key}' adapts a text encoder, which stays as it is here"):
+            use()
     stem = "lora_unet_double_blocks_1_img_attn_qkv"
     file = tmp_path / "style.safetensors"
     save_file({f"{stem}.lora_down.weight": torch.ones(3, 64), f"{stem}.lora_up.weight": torch.ones(192, 3)}, file)
