@@ -21,12 +21,14 @@ from . import checkpoint, lora, weights
 from . import recipe as recipes
 from .errors import UserError, nearest
 from .layout import ADAPTER_CONFIG, DIFFUSERS, PEFT, AdapterFormat, Bound, Layout
+from .nn.linear import Linear
 from .recipe import LoraConfig
 from .tensorfile import Reader, Spec, Writer, create_safetensors, open_safetensors, read_json, read_metadata, write_json
 
 if TYPE_CHECKING:
     from .model import Model
     from .parallel.shard import Shard
+    from .trunk import Trunk
 
 FORMATS = (PEFT, DIFFUSERS)
 _METADATA = "lora_adapter_metadata"
@@ -35,6 +37,8 @@ _ENDS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weigh
 _LEAVES = (*_ENDS[0], *_ENDS[1], "alpha")
 # What precedes the original layers' names, in the latter case with underscores for dots.
 _BARE, _FLAT = "diffusion_model.", "lora_unet_"
+# And what precedes those of text encoders, which some of these trainers adapt as well.
+_TEXT = ("text_encoder", "lora_te")
 # What peft can do to a layer beside adding B A x, and the value that leaves it out.
 _PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
 
@@ -71,20 +75,63 @@ class Adapters:
         read = [pair.read() for pair in self.pairs[name] if pair is not None]
         return torch.cat([a for a, _ in read]), torch.cat([b for _, b in read])
 
-    def check(self, config: LoraConfig, wanted: Mapping[str, Any]) -> None:
-        """Raise UserError unless these are adapters of just the ``wanted`` Linears, of the recipe's rank and scale."""
-        for name in wanted:
-            for index, pair in enumerate(self.pairs.get(name, (None,))):
-                if pair is None:
-                    raise UserError(f"{self.path}: missing key {self.called(name, index)!r}; lora.targets names it")
-                if pair.rank != config.rank:
-                    raise UserError(f"lora.rank={config.rank}: {self.path} has rank {pair.rank}; set lora.rank to it")
-                if not math.isclose(pair.scale, config.scale):
-                    ours, theirs = (scale * config.rank for scale in (config.scale, pair.scale))
-                    raise UserError(f"lora.alpha={ours:g}: {self.path} has alpha {theirs:g}; set lora.alpha to it")
+    @property
+    def numbers(self) -> dict[str, tuple[int, ...]]:
+        """Return each adapted Linear's adapted projections, by number."""
+        return {name: tuple(i for i, pair in enumerate(pairs) if pair) for name, pairs in self.pairs.items()}
+
+    def check(self, config: LoraConfig, net: Trunk) -> None:
+        """Raise UserError unless these are the adapters that the recipe gives a network, of its rank and scale.
+
+        It says all that the recipe has to say instead, or that no recipe can.
+        """
+        wanted = lora.targets(net, config)
+        found = [(name, pair) for name, pairs in self.pairs.items() for pair in pairs if pair]
+        first, merge = found[0], "merge them instead: convert --merge-lora"
+        for name, pair in found:
+            for what in ("rank", "scale"):
+                of, other = getattr(first[1], what), getattr(pair, what)
+                if not math.isclose(of, other):
+                    raise UserError(
+                        f"{self.path}: has adapters of {what} {of:g} ({first[0]}) and {other:g} ({name}); those of a "
+                        f"run have one; {merge}"
+                    )
         for name in self.pairs:
+            linear = net.get_submodule(name)
+            assert isinstance(linear, Linear)
+            if self.sizes[name] != linear.projections:
+                raise UserError(
+                    f"{self.path}: has one pair of factors for all that {name} stacks, where a run has a pair for each "
+                    f"of {len(linear.projections)} projections; {merge}"
+                )
+        rank, alpha = first[1].rank, first[1].scale * first[1].rank
+        wrong: list[tuple[str, str]] = []
+        if rank != config.rank:
+            wrong.append((f"lora.rank={config.rank}: {self.path} has rank {rank}", f"lora.rank={rank}"))
+        if rank != config.rank and config.alpha is not None or not math.isclose(first[1].scale, config.scale):
+            ours = config.scale * config.rank
+            wrong.append((f"lora.alpha={ours:g}: {self.path} has alpha {alpha:g}", f"lora.alpha={alpha:g}"))
+        if self.numbers != {name: target.adapted for name, target in wanted.items()}:
+            names = ",".join(lora.patterns(net, self.numbers))
+            wrong.append((self._difference(wanted), f"'lora.targets=[{names}]'"))
+        if wrong:
+            settings = " ".join(setting for _, setting in wrong)
+            raise UserError(f"{wrong[0][0]}; to go on with what it holds, set {settings}")
+
+    def _difference(self, wanted: Mapping[str, lora.Target]) -> str:
+        """Return, in words, the first adapter that these have and the recipe has not, or the other way round."""
+        have = self.numbers
+        for name, target in wanted.items():
+            missing = [number for number in target.adapted if number not in have.get(name, ())]
+            if missing:
+                return f"{self.path}: missing key {self.called(name, missing[0])!r}; lora.targets names it"
+        for name, numbers in have.items():
             if name not in wanted:
-                raise UserError(f"{self.path}: adapts {name}, which lora.targets leaves out; name it there too")
+                return f"{self.path}: adapts {name}, which lora.targets leaves out"
+            beyond = [number for number in numbers if number not in wanted[name].adapted]
+            if beyond:
+                return f"{self.path}: adapts {name}.{beyond[0]}, which lora.targets leaves out"
+        raise AssertionError("they are the same")
 
 
 def is_run(source: str | Path) -> bool:
@@ -132,22 +179,25 @@ def _open_run(path: Path, model: Model, config: Any, ema: bool) -> Adapters:
     loose = tuple(field for layout in model.layouts for field in (*layout.loose, *layout.silent))
     weights.agree(path, theirs, config, "the network to adapt", model, loose)
     choice = recipes.validate(LoraConfig, section, f"{path}: lora")
-    linears = lora.targets(weights.on_meta(model.build, config), choice)
+    found = lora.targets(weights.on_meta(model.build, config), choice)
     pairs: dict[str, tuple[Pair | None, ...]] = {}
-    sizes = {name: linear.projections for name, linear in linears.items()}
+    sizes = {name: target.linear.projections for name, target in found.items()}
     held = set(opened.names())
 
     def read(name: str, index: int) -> tuple[Tensor, Tensor]:
         a, b = (opened.read(f"{name}.{lora.CHILD}.{leaf}") for leaf in "ab")
-        start = sum(sizes[name][:index])
-        return a.narrow(0, index * choice.rank, choice.rank), b.narrow(0, start, sizes[name][index])
+        before = [number for number in found[name].adapted if number < index]
+        start = sum(sizes[name][number] for number in before)
+        return a.narrow(0, len(before) * choice.rank, choice.rank), b.narrow(0, start, sizes[name][index])
 
-    for name in linears:
+    for name, target in found.items():
         for leaf in "ab":
             if f"{name}.{lora.CHILD}.{leaf}" not in held:
                 raise UserError(f"{path}: missing key {f'{name}.{lora.CHILD}.{leaf}'!r}")
         pairs[name] = tuple(
             Pair(choice.rank, choice.scale, lambda name=name, i=i: read(name, i))  # type: ignore[misc]
+            if i in target.adapted
+            else None
             for i in range(len(sizes[name]))
         )
     return Adapters(path, pairs, sizes, lambda name, index: f"{name}.{lora.CHILD}.a")
@@ -172,6 +222,11 @@ def _open_file(path: Path, file: Path, form: AdapterFormat, model: Model, config
     )
     for stem in sorted(keys.keys() - where.keys()):
         leaf, key = next(iter(keys[stem].items()))
+        if stem.startswith(_TEXT):
+            raise UserError(
+                f"{file}: {key!r} adapts a text encoder, which stays as it is here; keep the network's adapters alone, "
+                f"keys that begin with {form.prefix!r}"
+            )
         raise UserError(
             f"{file}: unknown key {key!r}: {model.name} has no such linear layer"
             f"{nearest(key, [f'{spelled}.{leaf}' for spelled in where])}; read are keys in peft's, diffusers' and the "
@@ -301,7 +356,7 @@ def load(shards: Mapping[str, Shard], source: str | Path, model: Model, config: 
 def check_source(source: str | Path, model: Model, config: Any, choice: LoraConfig) -> Adapters:
     """Open adapters, reading none; UserError unless they fit the network and the recipe's ``lora``."""
     opened = open_adapters(source, model, config)
-    opened.check(choice, lora.targets(weights.on_meta(model.build, config), choice))
+    opened.check(choice, weights.on_meta(model.build, config))
     return opened
 
 
@@ -333,7 +388,7 @@ def convert(
     bounds = layout.table(config).bind(shapes)
     tensors = dict(_published(opened, bounds, form, dtype))
     names = {name: [part.name.removesuffix(".weight") for part in bound.parts] for name, bound in bounds.items()}
-    modules = {module for name in opened.pairs for module in names[f"{name}.weight"]}
+    modules = {names[f"{name}.weight"][number] for name, numbers in opened.numbers.items() for number in numbers}
     everything = {module for each in names.values() for module in each}
     said = {
         "peft_type": "LORA",

@@ -342,10 +342,13 @@ def app(model: Model) -> typer.Typer:
         chosen = find_layout(model, layout)
         if set(FILES) & set(chosen.extras) and chosen.detect(destination) and not has_tokenizer(destination):
             typer.echo(f"{destination}: has no tokenizer, none was found with {source}; copy its files there", err=True)
-        whole = not chosen.parts or any((destination / name).exists() for name in chosen.extras)
+        # Of the files that go along, one tells that what goes with the network was found; without, all folders must be.
+        names = chosen.extras or chosen.parts
+        missing = [name for name in names if not (destination / name).exists()]
+        whole = not chosen.parts or (len(missing) < len(names) if chosen.extras else not missing)
         if extras_from is None and not whole and chosen.detect(destination):
             typer.echo(
-                f"{destination}: is no whole pipeline, it lacks {', '.join(chosen.extras)}: what goes with the network "
+                f"{destination}: is no whole pipeline, it lacks {', '.join(missing)}: what goes with the network "
                 f"was not found, or not whole, with {source}; --extras-from DIR adds it",
                 err=True,
             )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import device as devices
 from .errors import UserError
 from .pipelines import check_fixed
 from .tensorfile import read_json
@@ -127,7 +128,7 @@ def pad_rows(rows: Sequence[Tensor], length: int) -> Tensor:
 
 def signed(pixels: Tensor, device: torch.device) -> Tensor:
     """Return uint8 pixels as fp32 in [-1, 1], what VAEs see, on the device."""
-    return pixels.to(device, torch.float32) / 127.5 - 1
+    return devices.send(pixels, device).float() / 127.5 - 1
 
 
 def unsigned(pixels: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +27,39 @@ from .trunk import Noise, Trunk
 CHILD = "lora"
 
 
+@dataclass(frozen=True)
+class Target:
+    """A Linear that has an adapter, and which of the projections stacked in its output are ``adapted``, by number."""
+
+    linear: Linear
+    adapted: tuple[int, ...]
+
+
 class Adapter(nn.Module):
     """The low-rank update of one Linear; projections stacked in its output have factors of their own.
 
     ``a`` is ``[projections * rank, in]``, ``b`` ``[out, rank]``: rows are stacked as the weight's are, so that each
-    projection is a slice of both. What follows the weight's cut is ``b`` where the output is shared out, ``a`` where
-    the input is, in the parts ``inputs``; the other factor is a replica. ``name`` is the Linear's, ``noise`` the
-    network's.
+    projection is a slice of both; those that are not ``adapted`` (None: all are) have none. What follows the weight's
+    cut is ``b`` where the output is shared out, ``a`` where the input is, in the parts ``inputs``; the other factor is
+    a replica. ``name`` is the Linear's, ``noise`` the network's.
     """
 
     tp: TensorParallel | None = None
     cp: ContextParallel | None = None
 
-    def __init__(self, linear: Linear, config: LoraConfig, name: str, noise: Noise) -> None:
+    def __init__(
+        self, linear: Linear, config: LoraConfig, name: str, noise: Noise, adapted: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
         self.name, self.noise = name, noise
         self.split, self.unit, self.tokens = linear.split, linear.unit, linear.tokens
-        self.parts, self.inputs = linear.projections, linear.parts if linear.split == "in" else ()
+        self.projections, self.inputs = linear.projections, linear.parts if linear.split == "in" else ()
+        self.adapted = tuple(range(len(self.projections))) if adapted is None else adapted
+        self.parts = tuple(self.projections[number] for number in self.adapted)
         self.scale, self.dropout = config.scale, config.dropout
         self.in_features = linear.in_features
         self.a = nn.Parameter(torch.empty(len(self.parts) * config.rank, linear.in_features))
-        self.b = nn.Parameter(torch.empty(linear.out_features, config.rank))
+        self.b = nn.Parameter(torch.empty(sum(self.parts), config.rank))
 
     def placements(self) -> dict[str, Placement]:
         """Return where the factors live; a replica that sees this rank's tokens alone has a partial gradient."""
@@ -73,7 +87,11 @@ class Adapter(nn.Module):
             low = self.tp.row(x, a, None, self._shares_tokens)
         rank, rows, whole = b.shape[1], b.shape[0], sum(self.parts)
         pairs = zip(low.split(rank, -1), b.split([part * rows // whole for part in self.parts]), strict=True)
-        return self.scale * torch.cat([F.linear(z, part) for z, part in pairs], -1)
+        updates = dict(zip(self.adapted, [F.linear(z, part) for z, part in pairs], strict=True))
+        for number, size in enumerate(self.projections):
+            if number not in updates:
+                updates[number] = low.new_zeros(*low.shape[:-1], size * rows // whole)
+        return self.scale * torch.cat([updates[number] for number in range(len(self.projections))], -1)
 
     def _drop(self, x: Tensor) -> Tensor:
         """Drop inputs at random; ranks that share the input draw the mask of the whole, and each takes its part."""
@@ -107,29 +125,67 @@ def attach(net: Trunk, config: LoraConfig) -> Trunk:
     chosen = targets(net, config)
     net.requires_grad_(False)
     noise = Noise()
-    for name, linear in chosen.items():
-        with torch.device(linear.weight.device):
-            linear.lora = Adapter(linear, config, name, noise)
+    for name, target in chosen.items():
+        with torch.device(target.linear.weight.device):
+            target.linear.lora = Adapter(target.linear, config, name, noise, target.adapted)
     if config.dropout:
         net.noise = noise
     return net
 
 
-def targets(net: Trunk, config: LoraConfig) -> dict[str, Linear]:
-    """Return the Linears that a recipe's patterns name, all of those in blocks if it has none."""
+def targets(net: Trunk, config: LoraConfig) -> dict[str, Target]:
+    """Return the Linears that a recipe's patterns name, all of those in blocks if it has none.
+
+    A projection stacked in a Linear's output has the Linear's name and its number from 0, as ``qkv.0``.
+    """
     known = {name: module for name, module in net.named_modules() if isinstance(module, Linear)}
     if not config.targets:
-        found = {name: module for name, module in known.items() if name.startswith("blocks.")}
+        found = {name: Target(module, _all(module)) for name, module in known.items() if name.startswith("blocks.")}
         if not found:
             raise UserError("lora: the network's blocks hold no linear layer that takes adapters")
         return found
-    chosen: set[str] = set()
+    chosen: dict[str, set[int]] = {}
     for pattern in config.targets:
-        hits = {name for name in known if matches(name, pattern)}
+        hits = list(_named(known, pattern))
         if not hits:
             raise UserError(f"lora.targets: {pattern!r} names no linear layer{nearest(pattern, _short(known))}")
-        chosen |= hits
-    return {name: module for name, module in known.items() if name in chosen}
+        for name, numbers in hits:
+            chosen.setdefault(name, set()).update(numbers)
+    return {name: Target(module, tuple(sorted(chosen[name]))) for name, module in known.items() if name in chosen}
+
+
+def _all(linear: Linear) -> tuple[int, ...]:
+    return tuple(range(len(linear.projections)))
+
+
+def _named(known: Mapping[str, Linear], pattern: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield each Linear that a pattern names, itself or some of its projections, with the numbers of these."""
+    for name, linear in known.items():
+        if matches(name, pattern):
+            yield name, _all(linear)
+        elif len(linear.projections) > 1:
+            numbers = tuple(number for number in _all(linear) if matches(f"{name}.{number}", pattern))
+            if numbers:
+                yield name, numbers
+
+
+def patterns(net: Trunk, wanted: Mapping[str, Iterable[int]]) -> list[str]:
+    """Return what ``targets`` must be to name just these projections of these Linears.
+
+    An end of names stands for all that have it, where it names no others.
+    """
+    known = {name: module for name, module in net.named_modules() if isinstance(module, Linear)}
+    groups: dict[str, list[str]] = {}
+    for name, linear in known.items():
+        numbers = sorted(wanted.get(name, ()))
+        whole = tuple(numbers) == _all(linear)
+        for spelled in [name] if whole else [f"{name}.{number}" for number in numbers]:
+            groups.setdefault(re.split(r"\.\d+\.", spelled, maxsplit=1)[-1], []).append(spelled)
+    found = []
+    for end, names in groups.items():
+        meant = {name: set(numbers) for name, numbers in _named(known, end)}
+        found += [end] if all(meant[name] <= set(wanted.get(name, ())) for name in meant) else names
+    return found
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -316,6 +316,8 @@ def _adapt(net: nn.Module, recipe: Recipe, ours: Any, bounds: dict[str, Bound], 
     for name, adapter in lora.adapters(ours):
         factor = initial(ours, f"{name}.{lora.CHILD}.a", tuple(adapter.a.shape), recipe.seed, device)
         parts = [part.name.removesuffix(".weight") for part in bounds[f"{name}.weight"].parts]
+        if len(parts) == len(adapter.projections):
+            parts = [parts[number] for number in adapter.adapted]
         if len(parts) * rank != len(factor):
             raise ValueError(
                 f"{name}: {len(factor)} rows of factors of rank {rank} for {len(parts)} layers of the peer"

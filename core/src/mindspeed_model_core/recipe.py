@@ -174,7 +174,9 @@ class LoraConfig(Section):
     alpha: float | None = Field(None, gt=0, description="the update counts alpha / rank; null: rank, so 1")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs dropped in training")
     targets: tuple[str, ...] = Field(
-        (), description="globs of linear layers, by whole name or what follows a dot (qkv, mlp.*); empty: all in blocks"
+        (),
+        description="globs of linear layers, by whole name or what follows a dot (mlp.*, qkv, or qkv.0 of what it "
+        "stacks); empty: all in blocks",
     )
     init_from: str | None = Field(None, description="an adapter folder or a run of adapters; null: random")
 

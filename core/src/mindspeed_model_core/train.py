@@ -506,7 +506,9 @@ def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> 
         lora.targets(weights.on_meta(model.build, model.config(recipe)), recipe.lora)
     if not resume or not found:
         if recipe.lora is not None and recipe.lora.init_from is not None:
-            source = weights.check_folder(recipe.lora.init_from, "lora.init_from=")
+            source = Path(recipe.lora.init_from).expanduser()
+            if not source.is_file():
+                source = weights.check_folder(recipe.lora.init_from, "lora.init_from=")
             adapters.check_source(source, model, model.config(recipe), recipe.lora)
         if recipe.init_from is not None:
             weights.check_source(weights.check_folder(recipe.init_from, "init_from="), model, model.config(recipe))

@@ -49,6 +49,12 @@ def test_equals_one_process(name):
     assert_equivalent(job(), world, fields, FP64)
 
 
+@pytest.mark.parametrize("fields", [{"tp": 2}, {"tp": 2, "sequence": True}, {"shard": "zero3"}])
+def test_some_of_the_projections_that_a_layer_stacks(fields):
+    for targets in (("up.0", "down"), ("up.1", "side")):
+        assert_equivalent(job(targets=targets), 2, fields, FP64)
+
+
 @pytest.mark.parametrize("fields", [{"tp": 2, "sequence": True}, {"shard": "zero2"}, {"pp": 2}])
 def test_recomputed_blocks_of_frozen_inputs_learn(fields):
     plain = job(targets=("up", "blocks.*.side"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,6 +109,7 @@ def test_a_position_is_of_one_list_and_its_settings(clips: Path, tmp_path: Path)
         "slots",
         "micro_batch",
         "data.path (content)",
+        "data.path (files listed)",
         "data.path (clips that can be used)",
         "data.fps",
         "data.frames",
@@ -311,6 +313,39 @@ def test_a_folder_of_images_is_a_list(tmp_path: Path) -> None:
         load(folder, kind=Pictures, prompt="all")
     with pytest.raises(UserError, match="data.prompt='all': is for a folder of images, which .* is not; leave it out"):
         Pictures(path=str(folder / "metadata.jsonl"), prompt="all").source()
+
+
+def test_a_folder_that_grew_is_another_one(tmp_path: Path) -> None:
+    write_clips(tmp_path, [(1, 32, 48)] * 3)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in (0, 2):
+        (tmp_path / f"part-{number}" / "clip.png").rename(folder / f"{number}.png")
+    state = load(folder, kind=Pictures, prompt="all").state_dict()
+    (tmp_path / "part-1" / "clip.png").rename(folder / "1.png")
+    grown = load(folder, kind=Pictures, prompt="all")
+    with pytest.raises(UserError, match=r"data.path \(files listed\): is 3 now and was 2 .*, or begin another run"):
+        grown.load_state_dict(state)
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.HEIC", "b.heic", "c.mov", "notes", ".hidden"):
+        (folder / name).write_bytes(b"")
+    said = r"4 files \(2 .heic, 1 .mov, 1 without an ending\) and 1 folder; known are .*convert"
+    with pytest.raises(UserError, match=rf"photos: holds no image, but {said}"):
+        load(folder, kind=Pictures, prompt="all")
+    write_clips(tmp_path, [(1, 32, 48)])
+    (tmp_path / "part-0" / "clip.png").rename(folder / "clip.png")
+    (folder / "clip.txt").write_text("a caption")
+    (folder / "d.txt").write_text("of no image")
+    load(folder, kind=Pictures)
+    said = said.replace("4 files", "5 files").replace("1 without", "1 .txt, 1 without")
+    assert re.match(rf"{folder}: left out: {said}", capsys.readouterr().err)
+    monkeypatch.setenv("RANK", "1")
+    load(folder, kind=Pictures)
+    assert not capsys.readouterr().err
 
 
 def test_references_come_in_the_shape_of_what_is_made_of_them(tmp_path: Path) -> None:

@@ -127,12 +127,21 @@ def test_order_and_resuming_depend_on_no_layout(folder: Path) -> None:
     parted = loaders(2, workers=1)
     assert equal(list(drawn(parted, 4)), reference[:4])
     states = [json.loads(json.dumps(each.state_dict())) for each in parted]
-    assert set(states[0]) == {"slots", "micro_batch", "data.path (content)"}
+    assert set(states[0]) == {"slots", "micro_batch", "data.path (content)", "data.path (samples)"}
     merged = {**states[0], "slots": {k: v for state in states for k, v in state["slots"].items()}}
     for resumed in (loaders(1), loaders(2)):
         for each in resumed:
             each.load_state_dict(merged)
         assert equal(list(drawn(resumed, 3)), reference[4:])
+
+
+def test_a_position_is_of_as_many_samples(folder: Path) -> None:
+    state = open_loader(prepared(folder)).state_dict()
+    with FeatureWriter(folder, "rank-1") as writer:
+        writer.add("00000000-more", sample(0))
+    write_index(folder, {})
+    with pytest.raises(UserError, match=rf"^data.path \(samples\): is {COUNT + 1} now and was {COUNT} when the run"):
+        open_loader(prepared(folder)).load_state_dict(state)
 
 
 def test_a_sample_without_its_text_has_all_that_the_empty_one_was_encoded_to(folder: Path) -> None:

@@ -41,6 +41,32 @@ def test_each_stacked_part_has_factors_of_its_own():
     assert torch.allclose(linear(x), plain + 0.5 * update, atol=1e-12)
 
 
+def test_stacked_parts_without_adapter_stay_as_they_are():
+    torch.manual_seed(0)
+    linear = layers.Linear(6, 27, parts=(20, 4, 3)).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    plain = linear(x)
+    linear.lora = lora.Adapter(linear, LoraConfig(rank=3, alpha=1.5), "layer", Noise(), (1,)).double()
+    for factor in linear.lora.parameters():
+        torch.nn.init.normal_(factor)
+    assert linear.lora.a.shape == (3, 6) and linear.lora.b.shape == (4, 3)
+    moved = linear(x) - plain
+    assert torch.allclose(moved[:, 20:24], 0.5 * x @ linear.lora.a.T @ linear.lora.b.T, atol=1e-12)
+    assert not moved[:, :20].any() and not moved[:, 24:].any()
+
+
+def test_patterns_name_just_what_is_wanted():
+    net = toy.Toy(toy.ToyConfig())
+    for wanted, names in (
+        ({f"blocks.{i}.up": (0, 1) for i in range(4)}, ["up"]),
+        ({f"blocks.{i}.up": (1,) for i in range(4)} | {"blocks.2.down": (0,)}, ["up.1", "blocks.2.down"]),
+        ({"blocks.0.up": (0,), "blocks.3.up": (0, 1)}, ["blocks.0.up.0", "blocks.3.up"]),
+    ):
+        assert lora.patterns(net, wanted) == names
+        found = lora.targets(net, LoraConfig(targets=tuple(names)))
+        assert {name: target.adapted for name, target in found.items()} == wanted
+
+
 def test_training_begins_at_the_weights_and_moves_adapters_alone():
     made, plain = adapted(rank=2), toy.Toy(toy.ToyConfig()).double()
     plain.load_state_dict({n: p for n, p in made.net.state_dict().items() if not lora.is_factor(n)})
@@ -83,6 +109,7 @@ def test_dropout_is_of_the_adapters_input_and_ends_with_training():
     [
         ((), {"up", "down", "side"}),
         (("up",), {"up"}),
+        (("up.1",), {"up"}),
         (("blocks.*.d*", "side"), {"down", "side"}),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mindspeed_model_core.data import media
-from mindspeed_model_core.data.media import Clip, contact_sheet, probe, read_frames, write_video
+from mindspeed_model_core.data.media import Clip, contact_sheet, image_kinds, probe, read_frames, write_video
 from mindspeed_model_core.errors import UserError
 from PIL import Image
 from torch import Tensor
@@ -169,6 +169,64 @@ def test_images_of_every_kind_become_upright_rgb(tmp_path: Path) -> None:
     assert colour("clear.png") == [255] * 3 and colour("half.png") == [128] * 3 and colour("print.jpg") == [255] * 3
     assert colour("deep.png") == [51] * 3 and colour("grey.png") == [9] * 3 and colour("first.gif") == [10, 20, 30]
     assert probe(tmp_path / "first.gif").frames == 1 and probe(tmp_path / "first.gif").length(16) == 1
+
+
+def test_deep_images_are_scaled_and_those_without_white_refused(tmp_path: Path) -> None:
+    grey = np.array([[0, 128, 257 * 7 + 128, 65535]] * 4, np.uint16)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+        (got,) = read_frames(tmp_path / name, 1, fps=None, size=(4, 4))
+        assert got[0, 0].tolist() == [0, 0, 7, 255]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(grey).save(tmp_path / "deep.png", exif=exif)
+    assert read_frames(tmp_path / "deep.png", 1, fps=None, size=(4, 4))[0, 0, 0].tolist() == [255, 7, 0, 0]
+    for mode, kind in ((np.float32, "floating-point values"), (np.int32, "32-bit or signed values")):
+        Image.fromarray(np.ones((4, 4), mode)).save(tmp_path / "other.tif")
+        for look in (probe, lambda path: read_frames(path, 1, fps=None, size=(4, 4))):
+            with pytest.raises(UserError, match=f"other.tif: has {kind} .*save it with 8 or 16 bits"):
+                look(tmp_path / "other.tif")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_does_not_damage_the_image(tmp_path: Path) -> None:
+    """Cut anywhere, or with a byte changed, it tells the orientation or nothing."""
+    red = Image.new("RGB", (8, 4), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a description"
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    whole = exif.tobytes()
+    damaged = [whole[:end] for end in range(6, len(whole), 3)]
+    damaged += [whole[:at] + value + whole[at + 1 :] for at in range(6, len(whole)) for value in (b"\0", b"\xff")]
+    for number, data in enumerate(damaged):
+        path = tmp_path / f"{number}.{('jpg', 'png')[number % 2]}"
+        red.save(path, exif=data)
+        assert {probe(path).width, probe(path).height} == {8, 4}
+        assert read_frames(path, 1, fps=None, size=(4, 8)).shape == (1, 3, 4, 8)
+
+
+def test_avif_is_read_where_pillow_has_it_and_foreign_pictures_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import features
+
+    picture = tmp_path / "picture.avif"
+    if features.check("avif"):
+        Image.new("RGB", (16, 16), "white").save(picture)
+        assert read_frames(picture, 1, fps=None, size=(16, 16)).min() > 250
+    else:
+        picture.write_bytes(b"0")
+    image_kinds.cache_clear()
+    monkeypatch.setattr(features, "check", lambda name: False)
+    try:
+        assert ".avif" not in image_kinds()
+        for name in ("picture.avif", "phone.HEIC"):
+            (tmp_path / "phone.HEIC").write_bytes(b"0")
+            with pytest.raises(UserError, match=f"{name}: pictures of this kind are not read here; convert it to .png"):
+                probe(tmp_path / name)
+    finally:
+        image_kinds.cache_clear()
 
 
 def test_a_video_recorded_sideways_is_turned_upright(tmp_path: Path) -> None:

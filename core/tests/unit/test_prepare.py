@@ -27,6 +27,7 @@ from mindspeed_model_core.data.media import Item, read_frames, read_list
 from mindspeed_model_core.data.prepare import SETTINGS
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing.clips import PHOTOS, equal, write_clips
+from PIL import Image
 
 from .toy_prepare import DATA, encode, run, words
 
@@ -491,3 +492,43 @@ def test_a_reference_of_another_folder_is_another_one(tmp_path):
         return module._mark(Item(1, folder / "images" / "1.png", "a", "images/1.png", reference=folder / of / "1.png"))
 
     assert mark(tmp_path, "edges") == mark(tmp_path / "moved", "edges") != mark(tmp_path, "depths")
+
+
+def test_a_folder_of_images_grows_anywhere(tmp_path: Path) -> None:
+    """What is encoded stays, whatever comes before it; what no longer is as it was encoded is refused by name."""
+    photos, folder = tmp_path / "photos", tmp_path / "features"
+    photos.mkdir()
+    data = DATA.model_copy(update={"prompt": "a dog", "on_bad": "skip"})
+
+    def paint(*names: str) -> None:
+        for name in names:
+            Image.new("RGB", (48, 32), (len(name), 0, ord(name[0]))).save(photos / name, format="PNG")
+
+    paint("b.png", "d 1.png", "d_1.png")
+    (photos / "broken.png").write_bytes(b"")
+    (photos / "b.txt").write_text("a cat")
+    assert ": 3 clips encoded" in run(photos, folder, data)
+    before = files(folder / SHARDS)
+    paint("a.png", "c.png", "b.jpg")
+    (photos / "broken.png").unlink()
+    assert re.search(": 3 clips encoded .*; 3 were there; 6 in all", run(photos, folder, data))
+    assert before.items() <= files(folder / SHARDS).items()
+    at_once = tmp_path / "at-once"
+    run(photos, at_once, data)
+    assert contents(folder) == contents(at_once)
+    assert [key.rpartition("-")[0] for key in FeatureSet(folder).keys] == ["a", "b", "b", "c", "d_1", "d_1"]
+
+    (photos / "b.txt").write_text("a bird")
+    with pytest.raises(UserError, match="features: holds b.jpg, which has another caption now; put that back, or name"):
+        run(photos, folder, data)
+    (photos / "b.txt").write_text("a cat")
+    (photos / "d 1.png").unlink()
+    with pytest.raises(UserError, match="features: holds d 1.png, which is no longer there"):
+        run(photos, folder, data)
+    listed = tmp_path / "list.jsonl"
+    listed.write_text('{"image": "photos/a.png", "text": "a dog"}')
+    with pytest.raises(UserError, match="was prepared from a folder of images, now it is a list; name a new folder"):
+        run(listed, folder)
+    run(listed, tmp_path / "of-list")
+    with pytest.raises(UserError, match="was prepared from a list, now it is a folder of images; name a new folder"):
+        run(photos, tmp_path / "of-list", data)

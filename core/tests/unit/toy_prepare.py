@@ -11,7 +11,7 @@ import torch
 import typer
 from mindspeed_model_core import cli
 from mindspeed_model_core.data.clips import ClipData
-from mindspeed_model_core.data.media import Item, read_list
+from mindspeed_model_core.data.media import Item, read_items
 from mindspeed_model_core.data.prepare import prepare
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
@@ -61,7 +61,7 @@ def run(
         return encode(item, frames)
 
     return prepare(
-        read_list(listed),
+        read_items(listed, prompt=data.prompt),
         folder,
         data,
         slowly,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mindspeed_model_core import device as devices
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing.clips import pan
 from mindspeed_model_flux.encoders import NEEDED, Encoders, fingerprint
@@ -54,6 +55,22 @@ def test_latents_are_the_pipelines_and_decode_to_images(encoders: Encoders, pipe
     decoded = encoders.vae.decode(got / config.scaling_factor + config.shift_factor).sample
     shown = pipeline.image_processor.postprocess(decoded.detach(), output_type="pt")
     assert (encoders.decode(got).float() - 255 * shown).abs().max() <= 0.5 + 1e-3
+
+
+def test_what_the_host_has_is_sent_behind_what_is_queued(encoders: Encoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain copy would wait for all that the device has to do."""
+    sent, send = [], devices.send
+
+    def note(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(tuple(tensor.shape))
+        return send(tensor, device)
+
+    monkeypatch.setattr(devices, "send", note)
+    encoders.text(PROMPTS, TOKENS)
+    assert sent == [(3, TOKENS), (3, 77)]
+    latents = encoders.images(pan("astronaut", 1, 32, 48))
+    encoders.decode(latents)
+    assert sent[2:] == [(1, 3, 32, 48), (1, LATENTS, 4, 6)]
 
 
 @pytest.mark.parametrize("pairs", [False, True])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
@@ -21,7 +23,7 @@ from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_flux import MODEL
 from mindspeed_model_flux.encoders import Encoders
-from mindspeed_model_flux.generate import Sampling, generate_command, make_scheduler, sample
+from mindspeed_model_flux.generate import Sampling, generate_command, make_scheduler, sample, settle
 from mindspeed_model_flux.task import FluxRecipe
 from mindspeed_model_flux.tiny import write_tiny_encoders
 from PIL import Image
@@ -49,7 +51,7 @@ def hub(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def ours(folder: Path, what: Sampling, layout: dict[str, int] | None = None) -> Tensor:
     mesh = open_mesh(ParallelConfig(**(layout or {})), torch.device("cpu"))
     net = load_network(folder, MODEL, mesh, torch.float32)
-    return sample(net, Encoders(folder, text_dtype=torch.float32), what, make_scheduler(folder))
+    return sample(net, Encoders(folder, text_dtype=torch.float32), what, make_scheduler(folder, net.config))
 
 
 def theirs(folder: Path, what: Sampling) -> Tensor:
@@ -128,10 +130,54 @@ def test_a_run_is_sampled_as_what_is_exported_of_it(tmp_path: Path) -> None:
     # The text is encoded in the type of the network.
     done = CliRunner().invoke(app(MODEL), [*words, *sizes, "--dtype", "fp32"])
     assert done.exit_code == 0 and "made.png: 48x32" in done.output, done.output
-    import numpy as np
-
     made = torch.from_numpy(np.array(Image.open(tmp_path / "made.png"))).permute(2, 0, 1)
     assert (made.int() - want.int()).abs().max() <= 1
+
+
+@pytest.mark.parity
+def test_schnell_is_sampled_as_diffusers_does(tmp_path: Path) -> None:
+    """From a release, which becomes a pipeline; its levels are not shifted, and it is told no guidance."""
+    net = open_net(MODEL, MODEL.presets["tiny"].model_copy(update={"guidance_embeds": False}))
+    randomise(net, seed=3)
+    encoders = write_tiny_encoders(tmp_path / "encoders")
+    weights.save(net.named_parameters(), net.config, MODEL.layouts[1], tmp_path / "release")
+    weights.convert(tmp_path / "release", tmp_path / "hub", MODEL, "hub", extras_from=encoders)
+    said = json.loads((tmp_path / "hub" / "scheduler" / "scheduler_config.json").read_text())
+    assert (said["shift"], said["use_dynamic_shifting"]) == (1.0, False)
+    assert make_scheduler(tmp_path / "release", net.config).sigmas[1] == pytest.approx(0.999)
+    what = Sampling("a red square", **SIZE)
+    want = theirs(tmp_path / "hub", what)
+    assert (ours(tmp_path / "hub", what).int() - want.int()).abs().max() <= 1
+    weights.convert(tmp_path / "hub", tmp_path / "again", MODEL, "original")
+    assert (tmp_path / "again" / "flux1-schnell.safetensors").is_file()
+
+    words = ["generate", str(tmp_path / "again"), "--prompt", "a red square", "--encoders", str(encoders)]
+    size = ["--height", "32", "--width", "48", "--seed", "4"]
+    done = CliRunner().invoke(app(MODEL), [*words, *size, "--out", str(tmp_path / "made.png"), "--dtype", "fp32"])
+    assert done.exit_code == 0, done.output
+    want = theirs(tmp_path / "hub", replace(what, steps=4, text_tokens=256))
+    made = torch.from_numpy(np.array(Image.open(tmp_path / "made.png"))).permute(2, 0, 1)
+    assert (made.int() - want.int()).abs().max() <= 1
+    with pytest.raises(UserError, match=r"^--guidance=3.5: this network \(schnell\) is told none; leave it out$"):
+        generate_command(tmp_path / "hub", prompt="x", out=tmp_path / "a.png", guidance=3.5)
+
+
+def test_a_transformer_alone_is_kontext_s_with_a_reference(hub: tuple[Path, Sampling], tmp_path: Path) -> None:
+    """Its tensors tell nothing; a pipeline around it says what it is."""
+    folder, what = hub
+    bare = tmp_path / "transformer"
+    shutil.copytree(folder / "transformer", bare)
+    photo = tmp_path / "photo.png"
+    Image.fromarray(skimage.data.astronaut()[40:72, 200:248]).save(photo)
+    for image in (None, photo):
+        out = tmp_path / f"{image is not None}.png"
+        given = {"encoders": folder, "image": image, "height": 32, "width": 48, "steps": 3, "seed": 4}
+        generate_command(bare, prompt=what.prompt, out=out, text_tokens=24, dtype="fp32", **given)  # type: ignore[arg-type]
+        if (image is None) == (what.image is None):
+            made = torch.from_numpy(np.array(Image.open(out))).permute(2, 0, 1)
+            want = ours(folder, replace(what, image=image))
+            # The pipeline's own guidance; the scheduler is the release's in both.
+            assert (made.int() - want.int()).abs().max() <= 1
 
 
 def test_what_cannot_be_sampled_is_refused(hub: tuple[Path, Sampling], tmp_path: Path) -> None:
@@ -169,10 +215,14 @@ def test_kontext_keeps_the_aspect_of_its_reference(tmp_path: Path) -> None:
 def test_sampling_has_the_defaults_of_diffusers_pipelines() -> None:
     from diffusers import FluxKontextPipeline, FluxPipeline
 
+    dev, schnell = (MODEL.presets[name] for name in ("dev", "schnell"))
     for kind in (FluxPipeline, FluxKontextPipeline):
         found = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
-        command = {name: p.default for name, p in inspect.signature(generate_command).parameters.items()}
-        ours: Any = Sampling("x")
-        assert ours.steps == command["steps"] == found["num_inference_steps"]
-        assert ours.text_tokens == command["text_tokens"] == found["max_sequence_length"]
-        assert found["guidance_scale"] == 3.5
+        ours = settle(dev, Sampling("x"))
+        assert ours.steps == found["num_inference_steps"] and ours.text_tokens == found["max_sequence_length"]
+        assert ours.guidance == found["guidance_scale"] == 3.5
+    assert settle(dev, Sampling("x", Path("cat.png"))).guidance == 2.5
+    fast = settle(schnell, Sampling("x"))
+    assert (fast.steps, fast.text_tokens) == (4, 256)
+    given = Sampling("x", steps=9, guidance=0.0, text_tokens=77)
+    assert settle(dev, given) == settle(schnell, given) == given

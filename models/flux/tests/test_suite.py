@@ -41,7 +41,7 @@ class FluxSuite(ModelSuite):
     # The gradient of a scale that norms each head is a sum that nearly cancels.
     bf16 = 0.3
     reference_options = {"subfolder": "transformer"}
-    parameter_counts = {"dev": 11_901_408_320, "kontext": 11_901_408_320, "tiny": 488_960}
+    parameter_counts = {"dev": 11_901_408_320, "kontext": 11_901_408_320, "schnell": 11_891_178_560, "tiny": 488_960}
 
     def recipe(self, folder: Path, **changes: Any) -> FluxRecipe:
         config = self.config(**self.spread)

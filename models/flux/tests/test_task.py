@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import recipe as recipes
+from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.estimate import estimate
 from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.parallel.mesh import Mesh
@@ -45,6 +46,8 @@ def test_a_batch_is_noised_sample_by_sample_and_told_of_guidance() -> None:
     torch.testing.assert_close(each.loss(output, batch), torch.as_tensor(by_hand))
     assert each.count(batch) == 3
     assert "guidance" not in task(config={"guidance_embeds": False}).encode(raw)
+    with pytest.raises(UserError, match=r"^guidance=3.5: this network \(schnell\) is told none; leave it out$"):
+        task(guidance=3.5, config={"guidance_embeds": False})
 
 
 @pytest.mark.parametrize("density", ["uniform", "logit-normal"])

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import weights
+from mindspeed_model_core.cli import app
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.layout import Layout
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_flux import MODEL, FluxConfig
+from mindspeed_model_flux.tiny import write_tiny_encoders
 from mindspeed_model_flux.weights import HUB, ORIGINAL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 TINY = MODEL.presets["tiny"]
 
@@ -61,7 +64,8 @@ def _rows(tensor: Tensor) -> Tensor:
 def test_a_release_tells_its_sizes(kontext: bool, guidance: bool, tmp_path: Path) -> None:
     config = TINY.model_copy(update={"kontext": kontext, "guidance_embeds": guidance})
     folder = save(tmp_path / "made", ORIGINAL, kontext=kontext, guidance_embeds=guidance)
-    assert [path.name for path in folder.iterdir()] == [f"flux1-{'kontext-' * kontext}dev.safetensors"]
+    name = "kontext-dev" if kontext else "dev" if guidance else "schnell"
+    assert [path.name for path in folder.iterdir()] == [f"flux1-{name}.safetensors"]
     assert ORIGINAL.detect(folder) and not HUB.detect(folder)
     assert ORIGINAL.read_config(folder) == config
     assert weights.read_config(folder, MODEL) == config
@@ -77,6 +81,37 @@ def test_a_pipeline_says_that_it_is_kontext_s(tmp_path: Path) -> None:
         weights.load(open_net(MODEL, TINY.model_copy(update={"kontext": kontext})), folder, MODEL)
     weights.convert(folder, tmp_path / "single", MODEL, "original")
     assert (tmp_path / "single" / "flux1-kontext-dev.safetensors").is_file()
+
+
+def test_convert_says_what_a_pipeline_lacks_and_nothing_of_a_whole_one(tmp_path: Path) -> None:
+    release = save(tmp_path / "release", ORIGINAL)
+
+    def convert(source: Path, *words: str) -> str:
+        done = CliRunner().invoke(app(MODEL), ["convert", str(source), "--layout", "hub", *words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    said = convert(release, str(tmp_path / "alone"))
+    parts = "scheduler, text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae"
+    assert f"alone: is no whole pipeline, it lacks {parts}: what goes with the network was not found" in said
+    encoders = write_tiny_encoders(tmp_path / "encoders")
+    assert "lacks" not in convert(release, str(tmp_path / "whole"), "--extras-from", str(encoders))
+    assert "lacks" not in convert(tmp_path / "whole", str(tmp_path / "again"))
+    assert (tmp_path / "again" / "model_index.json").is_file()
+
+
+def test_a_transformer_is_schnell_s_unless_it_says_that_it_is_told_guidance(tmp_path: Path) -> None:
+    """As diffusers reads it; a recipe that means another is told which preset it is."""
+    folder = save(tmp_path / "made", HUB, guidance_embeds=False)
+    path = folder / "transformer" / "config.json"
+    said = json.loads(path.read_text())
+    assert said.pop("guidance_embeds") is False
+    path.write_text(json.dumps(said))
+    assert not HUB.read_config(folder).guidance_embeds
+    with pytest.raises(UserError, match="guidance_embeds"):
+        weights.check_source(folder, MODEL, TINY)
+    path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    assert HUB.read_config(folder) == MODEL.presets["schnell"]
 
 
 def test_other_networks_are_refused(tmp_path: Path) -> None:

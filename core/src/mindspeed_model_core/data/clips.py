@@ -29,6 +29,7 @@ from .slots import CONTENT, SlotLoader
 Sample = dict[str, Any]
 Source = Literal["raw", "prepared", "files"]
 
+_LISTED = "data.path (files listed)"
 _SHOWN = 5  # bad files named one by one when a run begins
 
 
@@ -356,7 +357,7 @@ class Clips:
 
     def __init__(self, path: Path, data: PictureData, *, references: bool = False) -> None:
         items = read_items(path, prompt=data.prompt, references=references)
-        facts = content(path) if path.is_file() else _content_of(items)
+        facts = {_LISTED: len(items), **(content(path) if path.is_file() else _content_of(items))}
         self.bad = BadFiles(data.on_bad)
         self.clips = usable(items, data, self.bad)
         self.bad.report(len(items))

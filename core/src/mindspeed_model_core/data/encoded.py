@@ -86,7 +86,7 @@ class PreparedFeatures:
             shapes = features.shapes(number)
             check(f"{features.folder}: {sample}", shapes)
             self.keys.append(shapes[key])
-        self.identity = content(features.folder / INDEX)
+        self.identity: dict[str, Any] = {"data.path (samples)": len(features), **content(features.folder / INDEX)}
 
     def read(self, index: int, seed: int) -> Sample:
         """Return a sample's features."""

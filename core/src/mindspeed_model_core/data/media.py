@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import os
+import struct
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +21,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import launch
 from ..errors import UserError
 from ..tensorfile import publish
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_AVIF = ".avif"
+# Pictures that people have and Pillow alone does not open, or not everywhere.
+_FOREIGN = (_AVIF, ".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".svg")
 
 _GAP = 4  # pixels between the pictures of a contact sheet
 _SEEK = 1.0  # seconds below which decoding from the beginning costs less than looking for a key frame
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+# What Pillow's decoders raise for files that are damaged.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error)
 _FILES = ("path", "video", "image", "file_name")
 _CAPTIONS = ("text", "caption", "prompt")
 _REFERENCES = ("reference", "source", "control")
@@ -58,7 +77,8 @@ class Clip:
 class Item:
     """A line of a list of clips: its number from 1, the file it names and the file's caption.
 
-    ``written`` is the path as the line has it, and ``where`` the place to name in messages, as ``clips.jsonl:3``.
+    ``written`` is the path as the line has it, and ``where`` the place to name in messages, as ``clips.jsonl:3``. An
+    image of a folder that has no list has no line, 0: ``written``, its name, tells it from the others.
     ``reference`` is a second file, from which the first is to be made.
     """
 
@@ -70,17 +90,30 @@ class Item:
     reference: Path | None = None
 
 
+@functools.cache
+def image_kinds() -> tuple[str, ...]:
+    """Return the ends of names of images that can be read here: .avif where Pillow was built with it."""
+    from PIL import features
+
+    has_avif = "avif" in features.modules and features.check("avif")  # Pillow before 11.2 does not know the word
+    return tuple(sorted((*_IMAGES, _AVIF))) if has_avif else _IMAGES
+
+
 def holds_images(folder: Path) -> bool:
-    """Return whether a folder is one of images, with captions beside them or in a list among them."""
-    return any((folder / name).is_file() for name in _LISTS) or any(map(is_image, folder.iterdir()))
+    """Return whether a folder is one of images, with captions beside them or in a list among them, readable or not."""
+    kinds = {*_IMAGES, *_FOREIGN}
+    return any((folder / name).is_file() for name in _LISTS) or any(
+        file.suffix.lower() in kinds for file in folder.iterdir()
+    )
 
 
 def read_items(path: str | Path, *, prompt: str | None = None, references: bool = False) -> list[Item]:
     """Return the files of a list, or the images of a folder; see ``read_list``.
 
     A folder has the list in its metadata.jsonl or metadata.csv. One without has a caption in the .txt file of an
-    image's name, or ``prompt`` is the caption; it has no references. Raises UserError as ``read_list`` does, for an
-    image without caption, and for a prompt that nothing would use.
+    image's name, or ``prompt`` is the caption; it has no references. What else is in it is left out, and the first
+    rank says how much of it. Raises UserError as ``read_list`` does, for an image without caption, and for a prompt
+    that nothing would use.
     """
     path = Path(path).expanduser()
     listed = next((path / name for name in _LISTS if (path / name).is_file()), None) if path.is_dir() else path
@@ -92,9 +125,30 @@ def read_items(path: str | Path, *, prompt: str | None = None, references: bool 
     if references:
         raise UserError(f"{path}: pairs of images are listed in a .jsonl or .csv file, or {_LISTS[0]} in their folder")
     images = sorted(file for file in path.iterdir() if is_image(file))
+    others = _left_out(path, images)
     if not images:
-        raise UserError(f"{path}: holds no image; known are {', '.join(IMAGES)}")
-    return [Item(number, file, _caption(file, prompt), file.name, str(path)) for number, file in enumerate(images, 1)]
+        raise UserError(f"{path}: holds no image{f', but {others}' if others else ''}; {_advice()}")
+    if others and launch.first_rank():
+        print(f"{path}: left out: {others}; {_advice()}", file=sys.stderr, flush=True)
+    return [Item(0, file, _caption(file, prompt), file.name, str(path)) for file in images]
+
+
+def _left_out(folder: Path, images: Sequence[Path]) -> str:
+    """Return, in words, how many files and folders are neither images nor captions of them, nor hidden."""
+    captions = {image.with_suffix(".txt") for image in images}
+    others = [
+        file for file in folder.iterdir() if not (file.name.startswith(".") or is_image(file) or file in captions)
+    ]
+    ends = Counter(file.suffix.lower() or "without an ending" for file in others if not file.is_dir())
+    folders, files = sum(map(Path.is_dir, others)), ends.total()
+    said = [f"{files} file{'s' * (files > 1)} ({', '.join(f'{ends[end]} {end}' for end in sorted(ends))})"] * bool(
+        files
+    )
+    return " and ".join([*said, *[f"{folders} folder{'s' * (folders > 1)}"] * bool(folders)])
+
+
+def _advice() -> str:
+    return f"known are {', '.join(image_kinds())}; convert other pictures to one of these"
 
 
 def _caption(image: Path, prompt: str | None) -> str:
@@ -217,7 +271,7 @@ def check_file(path: Path) -> None:
 
 def is_image(path: str | Path) -> bool:
     """Return whether a file's name is an image's; of an animated one the first picture counts."""
-    return Path(path).suffix.lower() in IMAGES
+    return Path(path).suffix.lower() in image_kinds()
 
 
 def probe(path: str | Path) -> Clip:
@@ -229,7 +283,7 @@ def probe(path: str | Path) -> Clip:
     if is_image(path):
         with _image(path) as image:
             width, height = image.size
-            if image.getexif().get(_ORIENTATION) in _SIDEWAYS:
+            if _orientation(image) in _SIDEWAYS:
                 width, height = height, width
         return Clip(path, width, height, 1, 0.0)
     with _video(path) as (container, stream):
@@ -391,6 +445,8 @@ def _video(path: Path) -> Iterator[tuple[Any, Any]]:
     import av
 
     check_file(path)
+    if path.suffix.lower() in _FOREIGN:  # of a tiled picture, FFmpeg may give one tile
+        raise UserError(f"{path}: pictures of this kind are not read here; convert it to {_IMAGES[4]} or {_IMAGES[3]}")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -407,13 +463,14 @@ def _image(path: Path) -> Iterator[Any]:
     check_file(path)
     try:
         with Image.open(path) as image:
+            _check_values(path, image)
             yield image
     except UserError:
         raise
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UserError(f"{path}: has more than {most:,} pixels; scale it down") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _BROKEN as error:
         raise UserError(f"{path}: not a readable image ({_reason(error)}); it is damaged or truncated") from None
 
 
@@ -456,13 +513,37 @@ def _picture(frame: Any, stream: Any) -> Any:
     return image if turn is None else image.transpose(turn)
 
 
+def _check_values(path: Path, image: Any) -> None:
+    """Raise UserError for an image whose values do not say what white is."""
+    # Pillow before 11.3 opens 16-bit PNGs as I, too.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise UserError(
+            f"{path}: has {kind} values (mode {image.mode}), of which none is white; save it with 8 or 16 bits"
+        )
+
+
+def _orientation(image: Any) -> int | None:
+    """Return what an image's EXIF data says of its orientation; None for nothing, or what cannot be read."""
+    try:
+        return image.getexif().get(_ORIENTATION)  # type: ignore[no-any-return]
+    except OSError:  # the image itself, which Pillow reads to find what comes behind it
+        raise
+    except Exception:  # damaged, and parsers differ in how they say so
+        return None
+
+
 def _upright(image: Any) -> Any:
     """Return an image in RGB, turned as its EXIF data says, transparency on white, 16-bit grey scaled to 8."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(_orientation(image))  # type: ignore[arg-type]
+    if turn is not None:
+        image = image.transpose(Image.Transpose[turn])
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(
+            ((np.asarray(image).astype(np.int64) * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

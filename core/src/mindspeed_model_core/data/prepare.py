@@ -45,6 +45,7 @@ _EVERY = 30.0  # seconds between lines that say how far a job is
 _AHEAD = 2  # clips decoded while one is encoded
 _WAIT = datetime.timedelta(days=7)  # a rank may wait this long for the last clip of another
 _DYING = 5.0  # seconds in which the ranks of a launcher that was killed end
+_IMAGES = "images"  # the setting that has a mark for each image of a folder
 _MARK = 8  # hex digits that stand for a line of the list
 GRACE = 60.0
 """Seconds that ranks should have to write what they hold when another ends; see ``launch.spawn``."""
@@ -253,8 +254,14 @@ def _stoppable() -> Iterator[None]:
 
 
 def _key(item: Item) -> str:
-    """Return a sample's key: its line keeps equal names apart, its name lets people find it."""
-    return f"{item.line:08d}-{re.sub(r'[^0-9A-Za-z._-]+', '_', item.path.stem)[:80]}"
+    """Return a sample's key: its line keeps equal names apart, its name lets people find it.
+
+    An image of a folder keeps its key when others come before it.
+    """
+    name = re.sub(r"[^0-9A-Za-z._-]+", "_", item.path.stem)[:80]
+    if not item.line:
+        return f"{name}-{hashlib.sha256(item.written.encode()).hexdigest()[:_MARK]}"
+    return f"{item.line:08d}-{name}"
 
 
 def _begin(folder: Path) -> None:
@@ -271,7 +278,10 @@ def _begin(folder: Path) -> None:
 
 
 def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
-    """Write down what a folder is made with, or check that it is the same; lines may be added at the list's end."""
+    """Write down what a folder is made with, or check that it is the same.
+
+    Lines may be added at a list's end, images anywhere in a folder of them.
+    """
     path = folder / SETTINGS
     if path.is_file():
         try:
@@ -284,9 +294,32 @@ def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> 
                     f"{folder}: was prepared with {name} {before.get(name)}, now it is {value}; "
                     "repeat the settings it has or name a new folder"
                 )
-        _check_list(folder, before, items)
-    write_json(folder / _DRAFT, {**settings, "listed": "".join(map(_mark, items))})
+        if _of_folder(items) != (_IMAGES in before):
+            was, now = ("a list", "a folder of images")[:: 1 if _of_folder(items) else -1]
+            raise UserError(f"{folder}: was prepared from {was}, now it is {now}; name a new folder")
+        if _of_folder(items):
+            _check_images(folder, before[_IMAGES], items)
+        else:
+            _check_list(folder, before, items)
+    if _of_folder(items):
+        of: dict[str, Any] = {_IMAGES: {item.written: _mark(item) for item in items}}
+    else:
+        of = {"listed": "".join(map(_mark, items))}
+    write_json(folder / _DRAFT, {**settings, **of})
     publish(folder / _DRAFT, path)
+
+
+def _of_folder(items: Sequence[Item]) -> bool:
+    return bool(items) and not items[0].line
+
+
+def _check_images(folder: Path, before: Mapping[str, str], items: Sequence[Item]) -> None:
+    """Raise UserError for an image that is encoded, and whose caption is another now, or which is no longer there."""
+    now, encoded = {item.written: _mark(item) for item in items}, done(folder)
+    for name, mark in before.items():
+        if now.get(name) != mark and _key(Item(0, Path(name), "", name)) in encoded:
+            what = "has another caption now" if name in now else "is no longer there"
+            raise UserError(f"{folder}: holds {name}, which {what}; put that back, or name a new folder")
 
 
 def _check_list(folder: Path, before: Mapping[str, Any], items: Sequence[Item]) -> None:

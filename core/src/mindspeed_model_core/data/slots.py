@@ -108,7 +108,7 @@ class SlotLoader:
             if state.get(key, value) != value:
                 raise UserError(
                     f"{key}: is {value} now and was {state[key]} when the run was saved; "
-                    "resume with what the run began with"
+                    "resume with what the run began with, or begin another run from its weights"
                 )
         self.positions = {slot: list(saved[str(slot)]) for slot in self.slots}
 

@@ -12,8 +12,8 @@ PATCH = 2
 class FluxConfig(Section):
     """Sizes of a FLUX.1 diffusion transformer (Black Forest Labs 2024); defaults are those of dev.
 
-    ``guidance_embeds`` makes the strength of guidance an input, as in dev. ``kontext`` says that it takes a reference
-    image, too, which changes no weight's shape; diffusers has it in the pipeline's name.
+    ``guidance_embeds`` makes the strength of guidance an input, as in dev; schnell has none. ``kontext`` says that it
+    takes a reference image, too, which changes no weight's shape; diffusers has it in the pipeline's name.
     """
 
     num_layers: PositiveInt = 19
@@ -59,6 +59,7 @@ class FluxConfig(Section):
 
 PRESETS = {
     "dev": FluxConfig(),
+    "schnell": FluxConfig(guidance_embeds=False),
     "kontext": FluxConfig(kontext=True),
     "tiny": FluxConfig(
         num_layers=2,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mindspeed_model_core import device as devices
 from mindspeed_model_core import frozen
 from mindspeed_model_core.frozen import FrozenParts, signed, unsigned
 from mindspeed_model_core.trunk import Batch
@@ -72,7 +73,7 @@ class Encoders(FrozenParts):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return uint8 images ``[B, 3, H, W]`` of normalised latents ``[B, channels, H / 8, W / 8]``."""
-        z = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        z = devices.send(latents, self.device).float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return unsigned(self.vae.decode(z.to(self.vae.dtype)).sample)
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class Encoders(FrozenParts):
         found = tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        return found.to(self.device)
+        return devices.send(found, self.device)
 
     def batch(self, raw: Batch, tokens: int) -> Batch:
         """Return a batch of features, as prepared ones are, of a batch of images, ``captions`` and ``seeds``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,6 @@ from mindspeed_model_core.sampling import (
     Overwrite,
     Seed,
     Source,
-    Steps,
     Tp,
     check_options,
     check_range,
@@ -36,7 +35,8 @@ from .config import PATCH, FluxConfig
 from .data import VAE
 from .encoders import NEEDED, Encoders
 from .model import TIMES, Flux, pack, unpack
-from .weights import SCHEDULER
+from .weights import is_bare
+from .weights import scheduler as settings
 
 _STRIDE = VAE * PATCH
 _CLASS = "FlowMatchEulerDiscreteScheduler"
@@ -77,16 +77,17 @@ class Sampling:
     """What to sample: ``height`` and ``width`` in pixels; ``image`` is the file of Kontext's reference.
 
     Without a size it is 1024 x 1024, for Kontext the size it was trained at that is nearest the reference's aspect.
-    ``guidance`` None: as diffusers has it, 3.5, for Kontext 2.5. UserError for a size that cannot be.
+    None stands for what the releases are sampled with: 28 ``steps``, for schnell 4; ``guidance`` 3.5, for Kontext 2.5
+    and for schnell none; 512 ``text_tokens``, for schnell 256. UserError for a size that cannot be.
     """
 
     prompt: str
     image: Path | None = None
     height: int | None = None
     width: int | None = None
-    steps: int = 28
+    steps: int | None = None
     guidance: float | None = None
-    text_tokens: int = 512
+    text_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -113,11 +114,11 @@ class Sampling:
         return height, width
 
 
-def make_scheduler(source: Path) -> Any:
+def make_scheduler(source: Path, config: FluxConfig) -> Any:
     """Return the scheduler that goes with weights, or the release's where there is none; UserError for another kind."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    path, said = find_scheduler(source) or (None, SCHEDULER)
+    path, said = find_scheduler(source) or (None, settings(config))
     if said.get("_class_name", _CLASS) != _CLASS:
         raise UserError(f"{path}: _class_name={said['_class_name']!r} is not supported, FLUX.1 has {_CLASS}")
     return FlowMatchEulerDiscreteScheduler.from_config(dict(said))
@@ -125,7 +126,7 @@ def make_scheduler(source: Path) -> Any:
 
 def sample(net: Flux, encoders: Encoders, what: Sampling, scheduler: Any) -> Tensor:
     """Return a uint8 image ``[3, height, width]``, by diffusers' pipeline."""
-    given = _given(net.config, what)
+    given, what = _given(net.config, what), settle(net.config, what)
     with quiet():  # of CLIP's own processor, which needs torchvision and is not used
         import diffusers
 
@@ -136,13 +137,12 @@ def sample(net: Flux, encoders: Encoders, what: Sampling, scheduler: Any) -> Ten
     height, width = what.size
     # Latents in place of an image stay as they are: it has been brought to its size, as in training.
     options = {} if given is None else {"image": encoders.images(given[None]), "max_area": height * width}
-    guidance = what.guidance if what.guidance is not None else 3.5 if given is None else 2.5
     latents = pipeline(
         prompt=what.prompt,
         height=height,
         width=width,
         num_inference_steps=what.steps,
-        guidance_scale=guidance,
+        guidance_scale=what.guidance,
         max_sequence_length=what.text_tokens,
         # Drawn on the host, so that a seed means the same image on every device and under every layout.
         generator=torch.Generator().manual_seed(what.seed),
@@ -152,8 +152,21 @@ def sample(net: Flux, encoders: Encoders, what: Sampling, scheduler: Any) -> Ten
     return encoders.decode(unpack(latents.transpose(0, 1), (height // VAE, width // VAE)))[0].cpu()
 
 
+def settle(config: FluxConfig, what: Sampling) -> Sampling:
+    """Return what to sample with the releases' own values in place of None."""
+    schnell = not config.guidance_embeds
+    return replace(
+        what,
+        steps=what.steps or (4 if schnell else 28),
+        guidance=what.guidance if what.guidance is not None else 3.5 if what.image is None else 2.5,
+        text_tokens=what.text_tokens or (256 if schnell else 512),
+    )
+
+
 def _given(config: FluxConfig, what: Sampling) -> Tensor | None:
-    """Return the reference, uint8 ``[3, height, width]``, if the network takes one; UserError for one it does not."""
+    """Return the reference, uint8 ``[3, height, width]``, if the network takes one; UserError for what it does not."""
+    if what.guidance is not None and not config.guidance_embeds:
+        raise UserError(f"--guidance={what.guidance:g}: this network (schnell) is told none; leave it out")
     if config.kontext and what.image is None:
         raise UserError("--image: this network makes an image from another; give it")
     if what.image is None:
@@ -169,7 +182,10 @@ def generate_command(
     source: Source,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the image shows, or what is to change in it.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The .png or .jpg to write.")] = Path("image.png"),
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Kontext's reference.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Kontext's reference; with it, a transformer alone is Kontext's."),
+    ] = None,
     encoders: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help=r"The folder of VAE and text encoders.  \[default: SRC, or its recipe's]"),
@@ -179,12 +195,22 @@ def generate_command(
         typer.Option(metavar="N", help=r"Pixels, a multiple of 16.  \[default: 1024, for Kontext by the reference]"),
     ] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="Pixels, a multiple of 16.")] = None,
-    steps: Steps = 28,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=r"Steps of the solver.  \[default: 28, for schnell 4]")
+    ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(metavar="G", help=r"The strength that the network is told.  \[default: 3.5, for Kontext 2.5]"),
+        typer.Option(
+            metavar="G",
+            help=r"The strength that the network is told.  \[default: 3.5, for Kontext 2.5; schnell takes none]",
+        ),
     ] = None,
-    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=512, help="Tokens of T5, as in training.")] = 512,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=512, help=r"Tokens of T5, as in training.  \[default: 512, for schnell 256]"
+        ),
+    ] = None,
     seed: Seed = 0,
     dtype: DType = None,
     tp: Tp = 1,
@@ -206,11 +232,15 @@ def generate_command(
     where = find_encoders(weights.check_folder(source), encoders, NEEDED)
     what = Sampling(prompt, image, height, width, steps, guidance, text_tokens, seed)
     # Before devices are taken and weights read: a mistake in what is given costs nothing.
-    _given(weights.read_config(source, MODEL, ema=ema), what)
-    scheduler = make_scheduler(source)
+    config = weights.read_config(source, MODEL, ema=ema)
+    if image is not None and config.guidance_embeds and is_bare(source):
+        config = config.model_copy(update={"kontext": True})  # the tensors are the same
+    _given(config, what)
+    scheduler = make_scheduler(source, config)
     with open_devices(tp, cp) as mesh:
         kind = pick_dtype(dtype, mesh.device)
         net = load_network(source, MODEL, mesh, kind, ema=ema)
+        net.config = config
         made = sample(net, Encoders(where, mesh.device, text_dtype=kind), what, scheduler)
         if mesh.rank == 0:
             write_image(out, made)

@@ -89,7 +89,7 @@ def prepare_command(
     """Encode images and captions once, so that training reads features and no encoder runs in it.
 
     Stopped by Ctrl-C, SIGTERM or a bad file, the same command goes on where it was: what is done is kept, nothing is
-    done twice. Lines may be added to the list and the command run again.
+    done twice. Lines may be added at the list's end, images anywhere in the folder, and the command run again.
 
     $ mindspeed-flux prepare photos features --prompt "a photo of sks dog" --encoders FLUX.1-dev
 

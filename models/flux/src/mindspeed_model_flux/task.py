@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import torch
+from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.flow import FlowConfig, FlowTask, Noised
 from mindspeed_model_core.recipe import Recipe
 from mindspeed_model_core.task import Loader, Unit, Work
@@ -16,6 +17,8 @@ from .config import PATCH, FluxConfig
 from .data import VAE, FluxData, open_data, synthetic_data
 from .encoders import Encoders
 from .model import FREQUENCIES
+
+GUIDANCE = 1.0
 
 
 class FluxFlow(FlowConfig):
@@ -30,7 +33,7 @@ class FluxRecipe(Recipe):
 
     data: FluxData = FluxData()
     flow: FluxFlow = FluxFlow()
-    guidance: float = Field(1.0, ge=0, description="the strength of guidance that the network is told in training")
+    guidance: float = Field(GUIDANCE, ge=0, description="the strength of guidance that the network is told in training")
 
 
 class RectifiedFlow(FlowTask):
@@ -38,6 +41,11 @@ class RectifiedFlow(FlowTask):
 
     unit: Unit = "frames"
     encoders = Encoders
+
+    def __init__(self, recipe: FluxRecipe, config: FluxConfig) -> None:
+        super().__init__(recipe, config)
+        if recipe.guidance != GUIDANCE and not config.guidance_embeds:
+            raise UserError(f"guidance={recipe.guidance:g}: this network (schnell) is told none; leave it out")
 
     def open(self, rank: int, ranks: int) -> Loader:
         """Open the recipe's images, or what was prepared of them, for one data rank."""

@@ -119,10 +119,20 @@ def read_hub_config(folder: Path) -> FluxConfig:
     UserError names a setting that FLUX.1 does not have.
     """
     path, raw = _NETWORK.config(folder), _NETWORK.read(folder)
-    values = {key: raw[key] for key in _FIELDS if raw.get(key) is not None}
-    index = path.parent.parent / "model_index.json"
+    # diffusers' own default is that of schnell.
+    values = {"guidance_embeds": False} | {key: raw[key] for key in _FIELDS if raw.get(key) is not None}
+    index = _index(folder)
     values["kontext"] = index.is_file() and read_json(index).get("_class_name") == _KONTEXT
     return validate(FluxConfig, values, str(path))
+
+
+def _index(folder: Path) -> Path:
+    return _NETWORK.config(folder).parent.parent / "model_index.json"
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder holds a transformer without a pipeline around it, which would say whether it is Kontext's."""
+    return HUB.detect(folder) and not _index(folder).is_file()
 
 
 def write_hub_config(config: FluxConfig, folder: Path, dtype: torch.dtype) -> None:
@@ -151,9 +161,14 @@ SCHEDULER: dict[str, Any] = {
 """What dev and Kontext are sampled with: levels shifted towards noise by an image's number of tokens."""
 
 
+def scheduler(config: FluxConfig) -> dict[str, Any]:
+    """Return the settings of the release's scheduler; schnell's levels are not shifted."""
+    return SCHEDULER if config.guidance_embeds else {**SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False}
+
+
 def complete_hub(config: FluxConfig, folder: Path) -> None:
     """Make the folder one of diffusers' pipelines, if its parts are there."""
-    complete_pipeline(folder, _KONTEXT if config.kontext else _PIPELINE, _PARTS, SCHEDULER)
+    complete_pipeline(folder, _KONTEXT if config.kontext else _PIPELINE, _PARTS, scheduler(config))
 
 
 HUB = _NETWORK.layout(
@@ -168,8 +183,8 @@ HUB = _NETWORK.layout(
 
 # ------------------------------------------------------------------------------------------------ original
 
-_STEM, _KONTEXT_STEM = "flux1-dev", "flux1-kontext-dev"
-_STEMS = (_STEM, _KONTEXT_STEM, "flux1-schnell")
+_STEM, _KONTEXT_STEM, _SCHNELL_STEM = "flux1-dev", "flux1-kontext-dev", "flux1-schnell"
+_STEMS = (_STEM, _KONTEXT_STEM, _SCHNELL_STEM)
 
 
 @dataclass(frozen=True)
@@ -234,13 +249,13 @@ def read_original_config(folder: Path) -> FluxConfig:
 
 
 def _name_release(config: FluxConfig, folder: Path) -> None:
-    if config.kontext:
-        (folder / f"{_STEM}.safetensors").rename(folder / f"{_KONTEXT_STEM}.safetensors")
+    stem = _KONTEXT_STEM if config.kontext else _STEM if config.guidance_embeds else _SCHNELL_STEM
+    (folder / f"{_STEM}.safetensors").rename(folder / f"{stem}.safetensors")
 
 
 ORIGINAL = Layout(
     name="original",
-    describe="flux1-dev.safetensors or flux1-kontext-dev.safetensors",
+    describe="flux1-dev.safetensors, flux1-kontext-dev.safetensors or flux1-schnell.safetensors",
     build=Flux,
     table=lambda config: Table(*_rows(config, _ORIGINAL)),
     detect=lambda folder: _RELEASE.find(folder) is not None,
