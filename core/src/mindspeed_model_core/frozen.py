@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import device as devices
 from .errors import UserError
-from .pipelines import check_fixed
-from .tensorfile import read_json
+from .files import read_json
+from .weights.pipelines import check_fixed
 
 _SAMPLE = 64 * 2**10
 

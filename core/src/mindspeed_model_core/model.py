@@ -12,9 +12,9 @@ from .errors import UserError, nearest
 from .recipe import Recipe, Section
 
 if TYPE_CHECKING:
-    from .layout import Layout
     from .task import Task
     from .trunk import Trunk
+    from .weights.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from . import baseline, chart, cli, lora, perf, weights
 from . import device as devices
 from .breakdown import Clock
 from .errors import UserError, nearest
-from .layout import Bound
 from .model import Model
 from .optim import learning_rate
 from .parallel.apply import COMPUTE, initial
@@ -39,6 +38,8 @@ from .recipe import Recipe
 from .task import Work
 from .train import Session
 from .trunk import Batch, Trunk
+from .weights.layout import Bound
+from .weights.source import on_meta
 
 COMPILE = "compile"
 LOSS = 0.02
@@ -287,7 +288,7 @@ def copy_weights(
     ValueError unless its parameters are those of the layout.
     """
     config = model.config(recipe)
-    ours = weights.on_meta(model.build, config)
+    ours = on_meta(model.build, config)
     chosen = model.layouts[0] if layout is None else weights.find_layout(model, layout)
     table = chosen.table(config)
     bounds = table.bind({name: tuple(p.shape) for name, p in ours.named_parameters()})

@@ -16,12 +16,12 @@ from torch import nn
 
 from . import checkpoint, launch, weights
 from .errors import UserError
+from .files import read_json
 from .frozen import check_parts, has_parts
 from .model import Model
 from .parallel import apply
 from .parallel.mesh import Mesh, close_mesh, launched, open_mesh
 from .recipe import ParallelConfig
-from .tensorfile import read_json
 from .trunk import Trunk
 
 Source = Annotated[

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import adapters, checkpoint, lora, ops, profile, weights
+from . import checkpoint, lora, ops, profile, weights
 from . import device as devices
 from .breakdown import Mark, unmarked
 from .data.slots import CONTENT
@@ -39,6 +39,8 @@ from .profile import Profiler
 from .recipe import Recipe
 from .task import Work
 from .trunk import Batch
+from .weights import adapters
+from .weights.source import on_meta
 
 Watch = Callable[[StepRecord], None]
 
@@ -503,7 +505,7 @@ def starting_point(folder: Path, resume: bool, recipe: Recipe, model: Model) -> 
         raise UserError(f"{folder}: is not empty and holds no run; name a new folder with --run-dir")
     if recipe.lora is not None:
         _check_base(recipe)
-        lora.targets(weights.on_meta(model.build, model.config(recipe)), recipe.lora)
+        lora.targets(on_meta(model.build, model.config(recipe)), recipe.lora)
     if not resume or not found:
         if recipe.lora is not None and recipe.lora.init_from is not None:
             source = Path(recipe.lora.init_from).expanduser()

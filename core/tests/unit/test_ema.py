@@ -6,9 +6,9 @@ import pytest
 import torch
 from mindspeed_model_core import checkpoint, train, weights
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Layout, Row, Table
-from mindspeed_model_core.tensorfile import Safetensors
 from mindspeed_model_core.testing import toy
+from mindspeed_model_core.weights.layout import Layout, Row, Table
+from mindspeed_model_core.weights.tensorfile import Safetensors
 from safetensors.torch import load_file
 
 PLAIN = Layout(

@@ -9,10 +9,11 @@ import pytest
 import torch
 from mindspeed_model_core import frozen, weights
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, Layout, Row, Table
-from mindspeed_model_core.tensorfile import Safetensors, TorchFile
 from mindspeed_model_core.testing import toy
-from mindspeed_model_core.translation import PartConfig, Sizes, file_part, hub_part, parameters, plan
+from mindspeed_model_core.weights.layout import Cat, Layout, Row, Table
+from mindspeed_model_core.weights.pth import TorchFile
+from mindspeed_model_core.weights.tensorfile import Safetensors
+from mindspeed_model_core.weights.translation import PartConfig, Sizes, file_part, hub_part, parameters, plan
 from safetensors.torch import load_file
 from torch import nn
 

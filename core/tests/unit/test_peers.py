@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from mindspeed_model_core import baseline, breakdown, peers, perf
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, Row, Table
 from mindspeed_model_core.parallel import apply
 from mindspeed_model_core.peers import Comparison, Peer, Report
 from mindspeed_model_core.testing import toy
+from mindspeed_model_core.weights.layout import Cat, Row, Table
 from rich.console import Console
 from torch import Tensor, nn
 

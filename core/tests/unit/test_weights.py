@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import struct
-import sys
 import types
 import zipfile
 from pathlib import Path
@@ -17,13 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import tensorfile, weights
+from mindspeed_model_core import weights
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, HeadPermute, Layout, Op, Row, Same, SwapHalves, Table
+from mindspeed_model_core.files import read_json, write_json
 from mindspeed_model_core.model import Model
 from mindspeed_model_core.parallel.placement import Placement
 from mindspeed_model_core.recipe import Recipe, Section, validate
-from mindspeed_model_core.tensorfile import Consolidated, Safetensors, Spec, read_json, write_json
+from mindspeed_model_core.weights import export, pth, source, tensorfile
+from mindspeed_model_core.weights.layout import Cat, HeadPermute, Layout, Op, Row, Same, SwapHalves, Table
+from mindspeed_model_core.weights.pth import Consolidated
+from mindspeed_model_core.weights.tensorfile import Safetensors, Spec
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -217,8 +219,8 @@ def test_pth_is_a_file_torch_and_unzip_accept(tmp_path: Path) -> None:
     want = assorted()
     path = tmp_path / "x.pth"
     specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in want.items()}
-    file, slots = tensorfile.create_pth(path, specs)
-    writer = tensorfile.Writer([file], {n: ([s], 0) for n, s in slots.items()}, tensorfile._seal_pth)
+    file, slots = pth.create_pth(path, specs)
+    writer = tensorfile.Writer([file], {n: ([s], 0) for n, s in slots.items()}, pth._seal_pth)
     for name, tensor in want.items():
         writer.write(name, tensor)
     writer.finish()
@@ -227,20 +229,20 @@ def test_pth_is_a_file_torch_and_unzip_accept(tmp_path: Path) -> None:
     assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in want.items())
     sound(path)
     torch.save({**want, "view": torch.arange(10.0)[4:7]}, path)
-    back = tensorfile.open_pth(path)
+    back = pth.open_pth(path)
     assert all(torch.equal(back[n].read(), t) for n, t in want.items())
     assert torch.equal(back["view"].read(), torch.arange(4.0, 7.0))
 
 
 def test_pth_may_hold_its_tensors_below_a_key(tmp_path: Path) -> None:
     want, sizes = assorted(), {"rows": 3, "name": "x"}
-    files = tensorfile.TorchFile("x.pt", "state", {"sizes": sizes})
+    files = pth.TorchFile("x.pt", "state", {"sizes": sizes})
     writer = files.create(tmp_path, {n: Spec(t.dtype, tuple(t.shape)) for n, t in want.items()})
     for name, tensor in want.items():
         writer.write(name, tensor)
     writer.finish()
     got = torch.load(tmp_path / "x.pt", weights_only=True)
-    assert got["sizes"] == sizes == tensorfile.read_pth(tmp_path / "x.pt")["sizes"]
+    assert got["sizes"] == sizes == pth.read_pth(tmp_path / "x.pt")["sizes"]
     back = files.open(tmp_path)
     assert all(torch.equal(got["state"][n], t) and torch.equal(back.read(n), t) for n, t in want.items())
     sound(tmp_path / "x.pt")
@@ -272,24 +274,24 @@ def test_pth_refuses_what_is_not_a_mapping_of_tensors(tmp_path: Path, monkeypatc
     path = tmp_path / "x.pth"
     torch.save({"w": Danger()}, path)
     with pytest.raises(UserError, match=r"x\.pth: not a plain file of tensors"):
-        tensorfile.open_pth(path)
+        pth.open_pth(path)
     assert not Path("touched").exists()
     torch.save({"w": 3}, path)
     with pytest.raises(UserError, match=r"x\.pth: w: holds a int"):
-        tensorfile.open_pth(path)
+        pth.open_pth(path)
     torch.save([torch.zeros(2)], path)
     with pytest.raises(UserError, match="holds a list"):
-        tensorfile.open_pth(path)
+        pth.open_pth(path)
     torch.save({"w": torch.randn(3, 4).T}, path)
     with pytest.raises(UserError, match="w: stored as a strided view"):
-        tensorfile.open_pth(path)
+        pth.open_pth(path)
     path.write_bytes(pickle.dumps({"w": 1}))
     with pytest.raises(UserError, match="truncated, or not a zip file"):
-        tensorfile.open_pth(path)
+        pth.open_pth(path)
     torch.save({"w": torch.zeros(1000)}, path)
     os.truncate(path, path.stat().st_size - 500)
     with pytest.raises(UserError, match=r"x\.pth: truncated"):
-        tensorfile.open_pth(path)
+        pth.open_pth(path)
 
 
 def test_broken_safetensors_are_named(tmp_path: Path) -> None:
@@ -391,13 +393,13 @@ def test_pieces_equal_the_whole_cut(catdim: int, tp: int) -> None:
     row = Row("a", ("x", "y"), Cat(catdim, ops=(HeadPermute(4), Same())))
     bound = row.bind("a", (), (32, 16) if catdim == 0 else (16, 32))
     memory: Any = Memory(theirs)
-    whole = weights.read(memory, bound)
+    whole = source.read(memory, bound)
     assert torch.equal(whole, torch.cat([HeadPermute(4).join(theirs["x"]), theirs["y"]], catdim))
     for dim in (0, 1):
         place = Placement(dim, (16, 16) if dim == catdim else ())
         for rank in range(tp):
             pieces = place.pieces(whole.shape[dim], rank, tp)
-            assert torch.equal(weights.read(memory, bound, dim, pieces), place.narrow(whole, rank, tp))
+            assert torch.equal(source.read(memory, bound, dim, pieces), place.narrow(whole, rank, tp))
 
 
 # ------------------------------------------------------------------------------------------------ load, save, convert
@@ -411,13 +413,13 @@ def test_load_whole_cut_and_staged(net: Toy, plain: Path, tmp_path: Path) -> Non
     weights.load(half, plain, MODEL)
     assert same(copy.deepcopy(net).bfloat16(), half)
     weights.convert(plain, tmp_path / "turned", MODEL, "turned", shards=2)
-    whole, places = dict(net.named_parameters()), weights.whole(Toy, net.config)[1]
-    for source in (plain, tmp_path / "turned"):
+    whole, places = dict(net.named_parameters()), source.whole(Toy, net.config)[1]
+    for folder in (plain, tmp_path / "turned"):
         for rank in (0, 1):
             got: dict[str, Tensor] = {}
             stage = Toy(ToyConfig()).bfloat16()  # what write is given keeps the folder's precision
             del stage.scale
-            weights.load(stage, source, MODEL, tp_rank=rank, tp=2, write=got.__setitem__)
+            weights.load(stage, folder, MODEL, tp_rank=rank, tp=2, write=got.__setitem__)
             assert got.keys() == whole.keys() - {"scale"}
             for name, tensor in got.items():
                 assert torch.equal(tensor, places[name].narrow(whole[name], rank, 2))
@@ -484,7 +486,7 @@ def test_convert_moves_bytes_where_it_can(plain: Path, tmp_path: Path, monkeypat
         return take(reader, name, *cut)
 
     monkeypatch.setattr(tensorfile.Reader, "read", note)
-    monkeypatch.setattr(weights, "read", None)  # the fused form must not be made
+    monkeypatch.setattr(export, "read", None)  # the fused form must not be made
     weights.convert(plain, tmp_path / "out", MODEL, "turned")
     assert sorted(made) == ["layer.0.q", "layer.1.q"]
     made.clear()
@@ -541,9 +543,8 @@ class FakeRun:
 def test_a_runs_checkpoint_is_a_source(net: Toy, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "step").mkdir()
     run = FakeRun(net)
-    fake: Any = types.ModuleType("mindspeed_model_core.checkpoint")
-    fake.is_checkpoint, fake.open_weights = (lambda path: path.name == "step"), (lambda path, ema=False: run)
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr(source, "is_checkpoint", lambda path: path.name == "step")
+    monkeypatch.setattr(source, "open_weights", lambda path, ema=False: run)
     for layout in ("plain", "turned"):
         weights.convert(tmp_path / "step", tmp_path / layout, MODEL, layout)
         other = Toy(ToyConfig())

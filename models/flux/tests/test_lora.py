@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import adapters, train, weights
+from mindspeed_model_core import train, weights
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_core.testing.tolerance import FP32, assert_close
+from mindspeed_model_core.weights import adapters
 from mindspeed_model_flux import MODEL
 from mindspeed_model_flux.model import pack, unpack
 from mindspeed_model_flux.task import FluxRecipe

@@ -11,8 +11,9 @@ import torch
 from mindspeed_model_core import weights
 from mindspeed_model_core.cli import app
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Layout
 from mindspeed_model_core.testing.suite import open_net, randomise
+from mindspeed_model_core.weights.layout import Layout
+from mindspeed_model_core.weights.source import whole
 from mindspeed_model_flux import MODEL, FluxConfig
 from mindspeed_model_flux.tiny import write_tiny_encoders
 from mindspeed_model_flux.weights import HUB, ORIGINAL
@@ -37,7 +38,7 @@ def test_the_original_layout_becomes_what_diffusers_makes_of_it(guidance: bool) 
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
     config = FluxConfig(num_layers=1, num_single_layers=2, guidance_embeds=guidance)
-    shapes, _ = weights.whole(MODEL.build, config)
+    shapes, _ = whole(MODEL.build, config)
     first, ours = 0, {}
     for name, shape in shapes.items():
         rows = torch.arange(first, first + shape[0], dtype=torch.int32)

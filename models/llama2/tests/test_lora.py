@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import adapters, train, weights
+from mindspeed_model_core import train, weights
 from mindspeed_model_core.data import train_tokenizer
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import DIFFUSERS
+from mindspeed_model_core.files import read_json, write_json
 from mindspeed_model_core.parallel.mesh import Mesh
-from mindspeed_model_core.tensorfile import read_json, write_json
+from mindspeed_model_core.weights import adapters
+from mindspeed_model_core.weights.layout import DIFFUSERS
 from mindspeed_model_llama2 import MODEL
 from mindspeed_model_llama2.config import PRESETS
 from mindspeed_model_llama2.task import Llama2Recipe

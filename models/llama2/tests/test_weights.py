@@ -10,8 +10,9 @@ import pytest
 import torch
 from mindspeed_model_core import weights
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import HeadPermute
 from mindspeed_model_core.parallel.placement import placements
+from mindspeed_model_core.weights.layout import HeadPermute
+from mindspeed_model_core.weights.source import whole
 from mindspeed_model_llama2 import MODEL, Llama2
 from mindspeed_model_llama2.config import PRESETS, Llama2Config
 from mindspeed_model_llama2.weights import LAYOUTS, ffn_args, ffn_size, original_cut, original_shards
@@ -305,7 +306,7 @@ def test_published_sizes() -> None:
         config = PRESETS[name]
         assert original_shards(config, None) == files
         assert ffn_args(config.hidden_size, config.intermediate_size) == ffn
-        shapes, _ = weights.whole(Llama2, config)
+        shapes, _ = whole(Llama2, config)
         for layout in LAYOUTS:
             bounds = layout.table(config).bind(shapes)
             assert sum(len(b.parts) for b in bounds.values()) == total

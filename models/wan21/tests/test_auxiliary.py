@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import translation, weights
+from mindspeed_model_core import weights
 from mindspeed_model_core.cli import app
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Layout
-from mindspeed_model_core.tensorfile import TorchFile
 from mindspeed_model_core.testing.suite import open_net
-from mindspeed_model_core.weights import on_meta, whole
+from mindspeed_model_core.weights import translation
+from mindspeed_model_core.weights.layout import Layout
+from mindspeed_model_core.weights.pth import TorchFile
+from mindspeed_model_core.weights.source import on_meta, whole
 from mindspeed_model_wan21 import MODEL, auxiliary
 from mindspeed_model_wan21.auxiliary import (
     IMAGE_HUB,

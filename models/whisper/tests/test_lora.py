@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import adapters, lora, train, weights
+from mindspeed_model_core import lora, train, weights
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.recipe import LoraConfig
 from mindspeed_model_core.testing.equivalence import assert_equivalent
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_core.testing.tolerance import FP64
+from mindspeed_model_core.weights import adapters
 from mindspeed_model_whisper import MODEL
 from mindspeed_model_whisper.task import WhisperRecipe
 from torch import Tensor

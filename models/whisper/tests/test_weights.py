@@ -11,7 +11,7 @@ import torch
 from mindspeed_model_core import weights
 from mindspeed_model_core.data import load_tokenizer
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.tensorfile import save_tensors
+from mindspeed_model_core.files import save_tensors
 from mindspeed_model_core.testing.suite import open_net, randomise
 from mindspeed_model_core.testing.tolerance import FP64, assert_close
 from mindspeed_model_whisper import MODEL

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..tensorfile import publish, save_tensors
+from ..files import publish, save_tensors
 from ..trunk import Batch
 from .clips import BadFiles, PictureData, Sample, content, drops_text, naming
 from .features import INDEX, FeatureSet, Shape

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
-from ..tensorfile import publish, read_json, save_tensors
+from ..files import publish, read_json, save_tensors
 
 INDEX = "index.json"
 SHARDS = "shards"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import launch
 from ..errors import UserError
-from ..tensorfile import publish
+from ..files import publish
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _AVIF = ".avif"

@@ -27,8 +27,8 @@ from torch.distributed.rendezvous import rendezvous
 from .. import device as devices
 from .. import launch
 from ..errors import UserError
+from ..files import publish, read_json, write_json
 from ..recipe import validate
-from ..tensorfile import publish, read_json, write_json
 from .ahead import ahead
 from .buckets import Bucket
 from .clips import BadFiles, PictureData, read_clip, read_reference, usable

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, Layout, Row, Table
+from mindspeed_model_core.files import read_json, write_json
 from mindspeed_model_core.recipe import validate
-from mindspeed_model_core.tensorfile import Safetensors, read_json, write_json
+from mindspeed_model_core.weights.layout import Cat, Layout, Row, Table
+from mindspeed_model_core.weights.tensorfile import Safetensors
 
 from .config import TemplateConfig
 from .model import Template

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, Layout, Row, Same, SwapHalves, Table
-from mindspeed_model_core.pipelines import PipelineNetwork, complete_pipeline
+from mindspeed_model_core.files import read_json
 from mindspeed_model_core.recipe import validate
-from mindspeed_model_core.tensorfile import Reader, Safetensors, Spec, Writer, read_json
-from mindspeed_model_core.translation import Sizes
+from mindspeed_model_core.weights.layout import Cat, Layout, Row, Same, SwapHalves, Table
+from mindspeed_model_core.weights.pipelines import PipelineNetwork, complete_pipeline
+from mindspeed_model_core.weights.tensorfile import Reader, Safetensors, Spec, Writer
+from mindspeed_model_core.weights.translation import Sizes
 
 from .config import PRESETS, FluxConfig
 from .model import Flux

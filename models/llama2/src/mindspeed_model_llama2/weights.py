@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from mindspeed_model_core.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import PEFT, Cat, HeadPermute, Layout, Row, Same, Table
+from mindspeed_model_core.files import read_json, write_json
 from mindspeed_model_core.recipe import validate
-from mindspeed_model_core.tensorfile import Consolidated, Safetensors, read_json, write_json
+from mindspeed_model_core.weights.layout import PEFT, Cat, HeadPermute, Layout, Row, Same, Table
+from mindspeed_model_core.weights.pth import Consolidated
+from mindspeed_model_core.weights.tensorfile import Safetensors
 from torch import Tensor
 
 from .config import PRESETS, Llama2Config

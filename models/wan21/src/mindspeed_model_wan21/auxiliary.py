@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.files import write_json
 from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings
-from mindspeed_model_core.layout import Cat, Layout, Reshape, Row, Same, Table
-from mindspeed_model_core.pipelines import VERSION
 from mindspeed_model_core.recipe import validate
-from mindspeed_model_core.tensorfile import Reader, Safetensors, TorchFile, write_json
-from mindspeed_model_core.translation import PartConfig, Plan, Sizes, file_part, hub_part, parameters, plan
+from mindspeed_model_core.weights.layout import Cat, Layout, Reshape, Row, Same, Table
+from mindspeed_model_core.weights.pipelines import VERSION
+from mindspeed_model_core.weights.pth import TorchFile
+from mindspeed_model_core.weights.tensorfile import Reader, Safetensors
+from mindspeed_model_core.weights.translation import PartConfig, Plan, Sizes, file_part, hub_part, parameters, plan
 from pydantic import PositiveInt
 from torch import nn
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mindspeed_model_core.files import write_json
 from mindspeed_model_core.frozen import PREPROCESSOR, clip_settings, quiet, signed
 from mindspeed_model_core.showcase import letters, settle, train_vae
-from mindspeed_model_core.tensorfile import write_json
 from torch import Tensor
 
 from .encoders import Encoders

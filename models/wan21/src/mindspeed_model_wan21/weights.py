@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import Cat, Layout, Op, Reshape, Row, Same, Table
-from mindspeed_model_core.pipelines import PipelineNetwork, complete_pipeline
+from mindspeed_model_core.files import read_json, write_json
 from mindspeed_model_core.recipe import validate
-from mindspeed_model_core.tensorfile import Safetensors, read_json, write_json
-from mindspeed_model_core.translation import Sizes
+from mindspeed_model_core.weights.layout import Cat, Layout, Op, Reshape, Row, Same, Table
+from mindspeed_model_core.weights.pipelines import PipelineNetwork, complete_pipeline
+from mindspeed_model_core.weights.tensorfile import Safetensors
+from mindspeed_model_core.weights.translation import Sizes
 
 from .config import Wan21Config
 from .model import TEXT_TOKENS, Wan21

@@ -20,8 +20,8 @@ from mindspeed_model_core.data.clips import BadFiles, naming
 from mindspeed_model_core.data.ranks import spread
 from mindspeed_model_core.data.tokenizer import fingerprint
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.files import publish
 from mindspeed_model_core.sampling import Overwrite, check_options
-from mindspeed_model_core.tensorfile import publish
 from rich.console import Console
 from torch import Tensor
 

@@ -11,18 +11,11 @@ import torch
 from mindspeed_model_core.data.tokenizer import ALL_FILES as TOKENIZER_FILES
 from mindspeed_model_core.data.tokenizer import has_tokenizer, load_tokenizer
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.layout import PEFT, Cat, Layout, Op, Reshape, Row, Same, Source, Table
+from mindspeed_model_core.files import read_json, write_json
 from mindspeed_model_core.recipe import validate
-from mindspeed_model_core.tensorfile import (
-    Reader,
-    Safetensors,
-    Spec,
-    TorchFile,
-    Writer,
-    read_json,
-    read_pth,
-    write_json,
-)
+from mindspeed_model_core.weights.layout import PEFT, Cat, Layout, Op, Reshape, Row, Same, Source, Table
+from mindspeed_model_core.weights.pth import TorchFile, read_pth
+from mindspeed_model_core.weights.tensorfile import Reader, Safetensors, Spec, Writer
 from torch import Tensor
 
 from .config import PRESETS, WhisperConfig

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .recipe import Section
+from ..errors import UserError
+from ..recipe import Section
 from .tensorfile import Spec, Writer, open_safetensors
 
 

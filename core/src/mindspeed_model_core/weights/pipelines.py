@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
+from ..files import read_json, write_json
 from .layout import DIFFUSERS, Layout
-from .tensorfile import Safetensors, read_json, write_json
+from .tensorfile import Safetensors
 
 VERSION = "0.35.0"
 """The version of diffusers whose files are written."""

@@ -17,12 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .errors import UserError
+from ..errors import UserError
+from ..files import read_json, write_json
+from ..recipe import Section, validate
 from .layout import Bound, Files, Layout, Source, Table
 from .pipelines import check_fixed
-from .recipe import Section, validate
-from .tensorfile import Spec, TorchFile, read_json, write_json
-from .weights import Opened, check, read, whole
+from .pth import TorchFile
+from .source import Opened, check, read, whole
+from .tensorfile import Spec
 
 SHARD_BYTES = 5_000_000_000
 """The largest file a part is written in."""

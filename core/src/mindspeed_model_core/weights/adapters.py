@@ -17,18 +17,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, lora, weights
-from . import recipe as recipes
-from .errors import UserError, nearest
+from .. import checkpoint, lora
+from .. import recipe as recipes
+from ..errors import UserError, nearest
+from ..files import read_json, write_json
+from ..nn.linear import Linear
+from ..recipe import LoraConfig
+from .folder import new_folder
 from .layout import ADAPTER_CONFIG, DIFFUSERS, PEFT, AdapterFormat, Bound, Layout
-from .nn.linear import Linear
-from .recipe import LoraConfig
-from .tensorfile import Reader, Spec, Writer, create_safetensors, open_safetensors, read_json, read_metadata, write_json
+from .source import agree, cast, check_folder, on_meta, whole
+from .tensorfile import Reader, Spec, Writer, create_safetensors, open_safetensors, read_metadata
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .parallel.shard import Shard
-    from .trunk import Trunk
+    from ..model import Model
+    from ..parallel.shard import Shard
+    from ..trunk import Trunk
 
 FORMATS = (PEFT, DIFFUSERS)
 _METADATA = "lora_adapter_metadata"
@@ -157,7 +160,7 @@ def open_adapters(source: str | Path, model: Model, config: Any, *, ema: bool = 
     if path.is_file():
         form = next((form for form in FORMATS if form.file == path.name), DIFFUSERS)
         return _open_file(path, path, form, model, config)
-    path = weights.check_folder(path)
+    path = check_folder(path)
     if checkpoint.is_checkpoint(path):
         return _open_run(path, model, config, ema)
     for form in FORMATS:
@@ -177,9 +180,9 @@ def _open_run(path: Path, model: Model, config: Any, ema: bool) -> Adapters:
         raise UserError(f"{path}: is a run of whole weights, not of adapters")
     theirs = recipes.validate(type(config), opened.config, f"{path}: config")
     loose = tuple(field for layout in model.layouts for field in (*layout.loose, *layout.silent))
-    weights.agree(path, theirs, config, "the network to adapt", model, loose)
+    agree(path, theirs, config, "the network to adapt", model, loose)
     choice = recipes.validate(LoraConfig, section, f"{path}: lora")
-    found = lora.targets(weights.on_meta(model.build, config), choice)
+    found = lora.targets(on_meta(model.build, config), choice)
     pairs: dict[str, tuple[Pair | None, ...]] = {}
     sizes = {name: target.linear.projections for name, target in found.items()}
     held = set(opened.names())
@@ -204,7 +207,7 @@ def _open_run(path: Path, model: Model, config: Any, ema: bool) -> Adapters:
 
 
 def _open_file(path: Path, file: Path, form: AdapterFormat, model: Model, config: Any) -> Adapters:
-    shapes, _ = weights.whole(model.build, config)
+    shapes, _ = whole(model.build, config)
     adapted = _adapted_layout(model)
     reader = Reader({name: ([slot], 0) for name, slot in open_safetensors(file).items()})
     said = _Said.of(file, form)
@@ -356,7 +359,7 @@ def load(shards: Mapping[str, Shard], source: str | Path, model: Model, config: 
 def check_source(source: str | Path, model: Model, config: Any, choice: LoraConfig) -> Adapters:
     """Open adapters, reading none; UserError unless they fit the network and the recipe's ``lora``."""
     opened = open_adapters(source, model, config)
-    opened.check(choice, weights.on_meta(model.build, config))
+    opened.check(choice, on_meta(model.build, config))
     return opened
 
 
@@ -379,12 +382,12 @@ def convert(
         known = [x.name for x in model.layouts if x.adapter is not None]
         hint = f"use {known[0]!r}, or merge them: --merge-lora" if known else "merge them: --merge-lora"
         raise UserError(f"layout={layout.name!r}: has no form of adapters, and {source} holds adapters; {hint}")
-    path = checkpoint.locate(weights.check_folder(source))
+    path = checkpoint.locate(check_folder(source))
     info = checkpoint.read_info(path)
     config = recipes.validate(type(next(iter(model.presets.values()))), info["config"], f"{path}: config")
     opened = open_adapters(path, model, config, ema=ema)
     choice = recipes.validate(LoraConfig, _lora_of(info) or {}, f"{path}: lora")
-    shapes, _ = weights.whole(model.build, config)
+    shapes, _ = whole(model.build, config)
     bounds = layout.table(config).bind(shapes)
     tensors = dict(_published(opened, bounds, form, dtype))
     names = {name: [part.name.removesuffix(".weight") for part in bound.parts] for name, bound in bounds.items()}
@@ -409,7 +412,7 @@ def convert(
     metadata = {"format": "pt"}
     if form.in_file:
         metadata[_METADATA] = json.dumps({form.prefix + key: value for key, value in said.items() if value is not None})
-    with weights.new_folder(Path(destination), overwrite, FORMATS, source=path) as folder:
+    with new_folder(Path(destination), overwrite, FORMATS, source=path) as folder:
         specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         file, slots = create_safetensors(folder / form.file, specs, metadata)
         writer = Writer([file], {name: ([slot], 0) for name, slot in slots.items()})
@@ -436,7 +439,7 @@ def _published(
                 a, b = pair.read()
                 start = form.prefix + part.name.removesuffix("weight")
                 for key, factor in ((f"{start}lora_A.weight", a), (f"{start}lora_B.weight", part.op.split(b))):
-                    yield key, weights.cast(factor, dtype, key)
+                    yield key, cast(factor, dtype, key)
 
 
 def _target_modules(modules: set[str], everything: set[str]) -> list[str]:
