@@ -379,7 +379,8 @@ def app(model: Model) -> typer.Typer:
             bool, typer.Option("--allow-dirty", help="Record from changed sources, marked +dirty.")
         ] = False,
     ) -> None:
-        from . import baseline, perf
+        from . import perf
+        from .perf import baseline
 
         resolved = model.load_recipe(recipe, overrides or ())
         if record and resolved.recompute == "auto":
@@ -421,15 +422,15 @@ def app(model: Model) -> typer.Typer:
             typer.Option(metavar="DIR", help=r"The folder of baselines.  \[default: perf_baselines, here or above]"),
         ] = None,
     ) -> None:
-        from . import baseline
+        from .perf import baseline, display
 
         where = baseline.folder(folder)
         if chart is not None and chart.suffix not in (".png", ".svg", ".pdf"):
             raise UserError(f"--chart={chart}: charts are written as .png, .svg or .pdf")
         console = Console()
-        console.print(baseline.table(where, model.name, console.width))
+        console.print(display.table(where, model.name, console.width))
         if chart is not None:
-            typer.echo(baseline.plot(where, model.name, chart))
+            typer.echo(display.plot(where, model.name, chart))
 
     for function in model.commands:
         cli.command(_command_name(function))(function)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mindspeed_model_core import baseline, perf
 from mindspeed_model_core.errors import UserError
-from mindspeed_model_core.perf import Measurement, Peak
+from mindspeed_model_core.peak import Peak
+from mindspeed_model_core.perf import Measurement, baseline, display, provenance
 from rich.console import Console
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -308,20 +308,20 @@ def test_prepare_refuses_before_measuring(where, monkeypatch):
     def prepare(record: bool = True, allow_dirty: bool = False, steps: int = 5) -> Path:
         return baseline.prepare("pkg", LLAMA_7B, steps=steps, baselines=where, record=record, allow_dirty=allow_dirty)
 
-    monkeypatch.setattr(perf, "commit", lambda *_, **__: "abc+dirty")
+    monkeypatch.setattr(provenance, "commit", lambda *_, **__: "abc+dirty")
     with pytest.raises(UserError, match="the sources hold changes"):
         prepare()
     assert prepare(allow_dirty=True) == prepare(record=False, steps=1) == where
     with pytest.raises(UserError, match="--steps=4: 5 or more timed steps"):
         prepare(allow_dirty=True, steps=4)
-    monkeypatch.setattr(perf, "commit", lambda *_, **__: None)
+    monkeypatch.setattr(provenance, "commit", lambda *_, **__: None)
     with pytest.raises(UserError, match="commit is not known"):
         prepare()
 
 
 def test_the_table_holds_published_and_measured(where):
     baseline.record(MEASURED, where)
-    text = said(lambda c: c.print(baseline.table(where, "llama2")))
+    text = said(lambda c: c.print(display.table(where, "llama2")))
     lines = text.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("Llama2 7B pretrain"))
     assert "69 % MFU" in lines[at]
@@ -329,10 +329,10 @@ def test_the_table_holds_published_and_measured(where):
 
 
 def test_a_narrow_table_breaks_no_word(where):
-    assert "published, nothing measured yet" in said(lambda c: c.print(baseline.table(where, "llama2")))
+    assert "published, nothing measured yet" in said(lambda c: c.print(display.table(where, "llama2")))
     baseline.record(MEASURED, where)
     console = Console(width=80, file=io.StringIO())
-    console.print(baseline.table(where, "llama2", console.width))
+    console.print(display.table(where, "llama2", console.width))
     text = console.file.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines())
     for whole in (
@@ -348,11 +348,11 @@ def test_charts(where, tmp_path):
     baseline.record(MEASURED, where)
     baseline.record(replace(MEASURED, hardware="CPU x2", recipe="demo", digest="f" * 12, reproduces=None), where)
     for model in ("llama2", "wan21", "qwen25vl"):
-        path = baseline.plot(where, model, tmp_path / f"{model}.png")
+        path = display.plot(where, model, tmp_path / f"{model}.png")
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-    assert baseline.plot(where, "llama2", tmp_path / "chart.pdf").read_bytes().startswith(b"%PDF")
+    assert display.plot(where, "llama2", tmp_path / "chart.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(UserError, match="nothing published and nothing measured.*did you mean 'llama2'"):
-        baseline.plot(where, "llama3", tmp_path / "x.png")
+        display.plot(where, "llama3", tmp_path / "x.png")
 
 
 def test_the_newest_row_of_each_hardware_is_told(where):
@@ -363,7 +363,7 @@ def test_the_newest_row_of_each_hardware_is_told(where):
 
 def test_mfu_meets_mfu_and_rates_meet_rates(where):
     baseline.record(MEASURED, where)
-    panels = dict(baseline._panels(baseline._grouped(where, "llama2")))
+    panels = dict(display._panels(display._grouped(where, "llama2")))
     assert list(panels) == ["% MFU", "samples/s", "tokens/s/device"]
     label, mark, values = panels["% MFU"][0]
     assert (label, mark.npu, [v for _, v in values]) == ("7b-pretrain", 69.0, [50.0])

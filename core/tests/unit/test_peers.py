@@ -17,11 +17,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mindspeed_model_core import baseline, breakdown, peers, perf
+from mindspeed_model_core import breakdown, perf
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.parallel import apply
-from mindspeed_model_core.peers import Comparison, Peer, Report
+from mindspeed_model_core.peak import Peak
+from mindspeed_model_core.perf import baseline, peers, provenance, sides
+from mindspeed_model_core.perf.peers import Comparison, Peer, Report
 from mindspeed_model_core.testing import toy
+from mindspeed_model_core.train import Session
 from mindspeed_model_core.weights.layout import Cat, Row, Table
 from rich.console import Console
 from torch import Tensor, nn
@@ -103,8 +106,8 @@ def printed(report: Report) -> str:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch) -> None:
     """A matrix product need not be timed at its size here, nor any commit be looked up."""
-    monkeypatch.setattr(peers, "measured_peak", lambda device, precision: perf.Peak(1e12, "measured matmul"))
-    monkeypatch.setattr(perf, "commit", lambda *packages, files=(): "0123456789ab")
+    monkeypatch.setattr(peers, "measured_peak", lambda device, precision: Peak(1e12, "measured matmul"))
+    monkeypatch.setattr(provenance, "commit", lambda *packages, files=(): "0123456789ab")
     monkeypatch.setattr(peers, "gc", SimpleNamespace(collect=lambda: None))  # takes longer than all else
     monkeypatch.setenv("MINDSPEED_MODEL_DEVICE", "cpu")
 
@@ -206,7 +209,7 @@ def test_no_room_is_said_and_the_rest_goes_on(error: Exception, tiny: bool) -> N
 
 
 def test_ours_may_have_no_room_either(monkeypatch) -> None:
-    monkeypatch.setattr(peers.Session, "start", raising(torch.OutOfMemoryError("none left")))
+    monkeypatch.setattr(Session, "start", raising(torch.OutOfMemoryError("none left")))
     ours, twin = compare(comparison()).sides
     assert ours.said == "out of memory" and twin.measured is not None and twin.ratio == 1
 
@@ -214,7 +217,7 @@ def test_ours_may_have_no_room_either(monkeypatch) -> None:
 def test_a_peer_that_fails_is_named_and_ours_that_fails_ends_it(monkeypatch) -> None:
     report = compare(comparison(replace(TWIN, loss=raising(RuntimeError("\nno kernel\nfor it")))))
     assert [(s.name, s.said) for s in report.broken] == [("torch eager", "RuntimeError: no kernel")]
-    monkeypatch.setattr(peers.Session, "start", raising(RuntimeError("a bug")))
+    monkeypatch.setattr(Session, "start", raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         compare(comparison())
 
@@ -265,7 +268,7 @@ def test_patches_are_put_back() -> None:
     class Space:
         kept, changed = 1, 2
 
-    with pytest.raises(KeyError), peers.restored(Space):
+    with pytest.raises(KeyError), sides.restored(Space):
         Space.changed, Space.new = 3, 4
         raise KeyError
     assert (Space.kept, Space.changed, hasattr(Space, "new")) == (1, 2, False)
@@ -295,7 +298,7 @@ def test_a_side_is_freed_before_the_next_is_built(failing: bool, monkeypatch) ->
     """Two networks of 7 billion parameters have no room in one device."""
     monkeypatch.setattr(peers, "gc", gc)
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    start = peers.Session.start
+    start = Session.start
 
     def started(self: Any) -> None:
         assert not alive
@@ -308,7 +311,7 @@ def test_a_side_is_freed_before_the_next_is_built(failing: bool, monkeypatch) ->
         alive.add(net)
         return net
 
-    monkeypatch.setattr(peers.Session, "start", started)
+    monkeypatch.setattr(Session, "start", started)
 
     def fail(*given: Any) -> Tensor:
         raise torch.OutOfMemoryError("full")  # a new one: an error that stays would hold the frames it came through
@@ -326,13 +329,13 @@ def test_a_side_is_freed_before_the_next_is_built(failing: bool, monkeypatch) ->
 def seconds(monkeypatch) -> dict[str, float]:
     """Seconds a step takes, by who does it: ``ours``, or the peer's library."""
     now, took = [0.0], {"ours": 2.0, "torch": 3.0, "rich": 4.0}
-    step = peers.Session.step
+    step = Session.step
 
     def ours(self: Any) -> Any:
         now[0] += took["ours"]
         return step(self)
 
-    monkeypatch.setattr(peers.Session, "step", ours)
+    monkeypatch.setattr(Session, "step", ours)
     monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(breakdown, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -372,7 +375,7 @@ def test_the_share_of_the_ceiling_is_of_what_was_measured(seconds) -> None:
     report = compare(Comparison("small", "base", (seconds["timed"](TWIN),)))  # type: ignore[operator]
     # 8 batches of 1e6 FLOPs in 2 s, of 1e12 FLOP/s.
     assert "0.0%" in printed(report)
-    report = replace(report, ceiling=perf.Peak(8e6, "measured matmul"))
+    report = replace(report, ceiling=Peak(8e6, "measured matmul"))
     assert "50.0%" in printed(report) and "33.3%" in printed(report)
 
 
@@ -417,7 +420,7 @@ def test_memory_is_no_sides_own_where_all_are_held(where: Path) -> None:
 
 
 def test_changed_sources_are_not_recorded(where: Path, monkeypatch) -> None:
-    monkeypatch.setattr(perf, "commit", lambda *packages, files=(): "0123456789ab+dirty")
+    monkeypatch.setattr(provenance, "commit", lambda *packages, files=(): "0123456789ab+dirty")
     report = compare(comparison())
     with pytest.raises(UserError, match=r"commit=0123456789ab\+dirty"):
         peers.keep(report, where)
@@ -446,7 +449,7 @@ def test_a_record_appears_whole_or_not_at_all(where: Path, monkeypatch) -> None:
 
 def test_a_changed_script_makes_the_commit_dirty(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(perf, "_version", lambda package: head())
+    monkeypatch.setattr(provenance, "_version", lambda package: head())
     script = tmp_path / "peers.py"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
 
@@ -502,7 +505,7 @@ def test_the_command_records_when_asked(monkeypatch, capfd, where: Path) -> None
 def test_what_cannot_be_recorded_is_refused_before_it_is_measured(
     monkeypatch, capfd, where: Path, args: tuple[str, ...], commit: str, said: str
 ) -> None:
-    monkeypatch.setattr(perf, "commit", lambda *packages, files=(): commit)
+    monkeypatch.setattr(provenance, "commit", lambda *packages, files=(): commit)
     monkeypatch.setattr(peers, "compare", raising(AssertionError("measured")))
     status, out, err = call(monkeypatch, capfd, *args, "--record-cpu", "--baselines", str(where))
     assert status == 2 and said in err and not out

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from mindspeed_model_core import breakdown, perf
+from mindspeed_model_core import breakdown, peak, perf
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.peak import Peak
+from mindspeed_model_core.perf import measurement, provenance
 from mindspeed_model_core.recipe import Recipe
 
 
@@ -53,8 +55,8 @@ def ticks(monkeypatch) -> Iterator[list[float]]:
         return now[0]
 
     monkeypatch.setattr(breakdown, "time", SimpleNamespace(perf_counter=clock))
-    monkeypatch.setattr(perf, "measured_peak", lambda device, precision: perf.Peak(1e14, "measured matmul"))
-    monkeypatch.setattr(perf, "copy_rate", lambda device: 1e12)
+    monkeypatch.setattr(measurement, "measured_peak", lambda device, precision: Peak(1e14, "measured matmul"))
+    monkeypatch.setattr(measurement, "copy_rate", lambda device: 1e12)
     yield durations
 
 
@@ -109,22 +111,22 @@ def test_steps_must_be_positive():
     ],
 )
 def test_known_peaks(name, precision, flops):
-    found = perf.known_peak(name, precision)
+    found = peak.known_peak(name, precision)
     assert found is not None and found.flops == flops
 
 
 def test_unknown_peaks_are_none():
-    assert perf.known_peak("AMD EPYC x2", "bf16") is None
-    assert perf.known_peak("NVIDIA H200", "fp64") is None
+    assert peak.known_peak("AMD EPYC x2", "bf16") is None
+    assert peak.known_peak("NVIDIA H200", "fp64") is None
 
 
 def test_a_measured_peak_is_a_plausible_speed():
-    peak = perf.measured_peak(torch.device("cpu"), "fp32", repeats=1)
-    assert peak.source == "measured matmul" and 1e8 < peak.flops < 1e14
+    found = peak.measured_peak(torch.device("cpu"), "fp32", repeats=1)
+    assert found.source == "measured matmul" and 1e8 < found.flops < 1e14
 
 
 def test_copies_have_a_plausible_speed():
-    assert 1e8 < perf.copy_rate(torch.device("cpu"), repeats=1) < 1e14
+    assert 1e8 < peak.copy_rate(torch.device("cpu"), repeats=1) < 1e14
 
 
 def test_the_clock_measures_the_host():
@@ -155,30 +157,30 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_that_of_the_sources(checkout, tmp_path):
-    assert perf._version("zoo_probe") is None  # nothing is committed
+    assert provenance._version("zoo_probe") is None  # nothing is committed
     git(checkout.parent, "add", ".")
     git(checkout.parent, "commit", "-qm", "one")
     head = git(checkout.parent, "rev-parse", "--short=12", "HEAD")
-    assert perf._version("zoo_probe") == head
+    assert provenance._version("zoo_probe") == head
     (checkout.parent / "notes.csv").write_text("not a source")
-    assert perf._version("zoo_probe") == head
+    assert provenance._version("zoo_probe") == head
     (checkout / "new.py").write_text("")
-    assert perf._version("zoo_probe") == f"{head}+dirty"
+    assert provenance._version("zoo_probe") == f"{head}+dirty"
 
 
 def test_a_package_the_repository_ignores_has_its_own_version(checkout, monkeypatch):
     (checkout.parent / ".gitignore").write_text("zoo_probe/\n")
     git(checkout.parent, "add", ".gitignore")
     git(checkout.parent, "commit", "-qm", "one")
-    assert perf._version("zoo_probe") is None
-    monkeypatch.setattr(perf.metadata, "packages_distributions", lambda: {"zoo_probe": ["zoo-probe"]})
-    monkeypatch.setattr(perf.metadata, "version", lambda name: "1.2")
-    assert perf._version("zoo_probe") == "zoo-probe==1.2"
+    assert provenance._version("zoo_probe") is None
+    monkeypatch.setattr(provenance.metadata, "packages_distributions", lambda: {"zoo_probe": ["zoo-probe"]})
+    monkeypatch.setattr(provenance.metadata, "version", lambda name: "1.2")
+    assert provenance._version("zoo_probe") == "zoo-probe==1.2"
 
 
 def test_one_repository_is_one_commit(monkeypatch):
     versions = {"a": "abc+dirty", "mindspeed_model_core": "abc"}
-    monkeypatch.setattr(perf, "_version", versions.get)
+    monkeypatch.setattr(provenance, "_version", versions.get)
     assert perf.commit("a") == "abc+dirty"
     versions["a"] = "abc"
     assert perf.commit("a") == "abc"

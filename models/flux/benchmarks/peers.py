@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from mindspeed_model_core.flow import velocity_loss
-from mindspeed_model_core.peers import COMPILE, Comparison, Peer, main
+from mindspeed_model_core.perf.peers import Comparison, main
+from mindspeed_model_core.perf.sides import COMPILE, Peer
 from mindspeed_model_core.trunk import Batch
 from mindspeed_model_flux import MODEL
 from mindspeed_model_flux.model import pack, unpack

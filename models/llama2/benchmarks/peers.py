@@ -7,7 +7,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from mindspeed_model_core.data import IGNORE
-from mindspeed_model_core.peers import COMPILE, Comparison, Peer, main, restored
+from mindspeed_model_core.perf.peers import Comparison, main
+from mindspeed_model_core.perf.sides import COMPILE, Peer, restored
 from mindspeed_model_core.trunk import Batch
 from mindspeed_model_llama2 import MODEL
 from torch import Tensor, nn

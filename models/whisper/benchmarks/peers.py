@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindspeed_model_core.peers import COMPILE, Comparison, Peer, main
+from mindspeed_model_core.perf.peers import Comparison, main
+from mindspeed_model_core.perf.sides import COMPILE, Peer
 from mindspeed_model_core.trunk import Batch
 from mindspeed_model_whisper import MODEL
 from torch import Tensor, nn

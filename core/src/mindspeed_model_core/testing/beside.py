@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from .. import peers
 from ..model import Model
+from ..perf import peers
 
 
 def load_benchmark(tests: str) -> ModuleType:

@@ -10,70 +10,35 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
-from . import baseline, chart, cli, lora, perf, weights
-from . import device as devices
-from .breakdown import Clock
-from .errors import UserError, nearest
-from .model import Model
-from .optim import learning_rate
-from .parallel.apply import COMPUTE, initial
-from .parallel.mesh import Mesh
-from .peak import Peak, known_peak, measured_peak
-from .perf import Measurement
-from .recipe import Recipe
-from .task import Work
-from .train import Session
-from .trunk import Batch, Trunk
-from .weights.layout import Bound
-from .weights.source import on_meta
+from .. import chart, cli
+from .. import device as devices
+from ..breakdown import Clock
+from ..errors import UserError, nearest
+from ..model import Model
+from ..peak import Peak, known_peak, measured_peak
+from ..recipe import Recipe
+from . import baseline, provenance
+from .measurement import Measurement, result
+from .sides import Done, Peer, Step, open_ours, open_peer
 
-COMPILE = "compile"
 LOSS = 0.02
 """How far two sides' losses may be apart, as a share, in each step."""
 NORM = {"bf16-pure": 0.1, "bf16": 0.1, "fp32": 0.02, "fp64": 0.02}
 """How far their gradients' norms may be apart in the first step, which starts from the same weights."""
 STEPS = {True: 60, False: 8}
 """Timed steps where sides take turns step by step, and where they follow one another."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One way in which another library does a comparison's work.
-
-    ``build(config, recipe)`` returns its network, on the device and in the dtype that are the defaults meanwhile; its
-    parameters have the names of ``layout``, the model's first unless named. ``loss(net, batch, count)`` returns the
-    part of a batch, encoded by our task, in the mean of a step's ``count`` terms; ``split`` cuts a batch first, where
-    the network takes less at once or in another form. ``mode`` is eager, or what ``around`` and ``build`` make of it;
-    one with ``compile`` in it is compiled. ``overrides`` change the recipe, its micro-batch
-    or recomputation; ``settings`` say what no recipe does. ``needs`` are distributions beside the library's, and
-    ``accelerator`` says that the CPU will not do.
-    """
-
-    library: str
-    build: Callable[[Any, Any], nn.Module]
-    loss: Callable[[nn.Module, Batch, int], Tensor]
-    mode: str = "eager"
-    split: Callable[[Batch], Iterable[Batch]] = lambda batch: (batch,)
-    overrides: tuple[str, ...] = ()
-    settings: str = ""
-    needs: tuple[str, ...] = ()
-    accelerator: bool = False
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
-    layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,19 +57,6 @@ class Comparison:
     tiny: bool = False
 
 
-@dataclass(frozen=True)
-class _Done:
-    """What a step was: its mean loss, the gradient's norm before clipping (None: not taken), its work."""
-
-    loss: float
-    norm: float | None
-    work: Work
-
-
-_Step = Callable[[], Callable[[], _Done]]
-"""Queues a step on the device and returns what reads it once the device was waited for."""
-
-
 @dataclass
 class Side:
     """A row of a comparison: who, on which recipe, and what came of it; ``said`` is why there is no figure.
@@ -118,7 +70,7 @@ class Side:
     peer: Peer | None = None
     measured: Measurement | None = None
     seconds: list[float] = field(default_factory=list)
-    done: list[_Done] = field(default_factory=list)
+    done: list[Done] = field(default_factory=list)
     peak_bytes: int = 0
     ratio: float | None = None
     said: str = ""
@@ -177,182 +129,6 @@ def _speed(side: Side) -> float:
     return side.measured.value() or 0.0
 
 
-# --- the two sides ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _open_ours(recipe: Recipe, model: Model, device: torch.device) -> Iterator[_Step]:
-    """Give a step of our trainer: data, forward, backward, clipping, AdamW, totals."""
-    session = Session(perf.from_random(recipe), model, Mesh(device), synthetic=True)
-    session.start()
-    for name, shard in session.parallel.shards.items():
-        if not lora.is_factor(name) and _is_blank(shard.master):
-            shard.write(_first(session.parallel.net, name, tuple(shard.shape), recipe.seed, device))
-
-    def step() -> Callable[[], _Done]:
-        totals = session.step()
-
-        def read() -> _Done:
-            loss, samples, units, flops, _, count, norm = totals.read()
-            return _Done(loss / count, norm, Work(round(samples), round(units), flops))
-
-        return read
-
-    yield step
-
-
-@contextmanager
-def _open_peer(peer: Peer, recipe: Recipe, model: Model, device: torch.device) -> Iterator[_Step]:
-    """Give a step of the plain loop around a peer's network, on the batches ours sees, from ours' weights."""
-    config = model.config(recipe)
-    task = model.task(recipe, config)
-    with peer.around():
-        with _defaults(device, COMPUTE[recipe.precision]):
-            net = peer.build(config, recipe)
-        copy_weights(net, recipe, model, device, layout=peer.layout)
-        net.train()
-        if COMPILE in peer.mode:
-            net.compile()
-        optimizer = _adamw(net, recipe, device)
-        trained = [p for p in net.parameters() if p.requires_grad]
-        loader = iter(task.synthetic(0, 1))
-        number = 0
-
-        def step() -> Callable[[], _Done]:
-            nonlocal number
-            number += 1
-            batches = next(loader)
-            count = max(sum(task.count(batch) for batch in batches), 1)
-            work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
-            total = torch.zeros((), device=device)
-            for batch in batches:
-                moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                for part in peer.split(task.encode(moved)):
-                    loss = peer.loss(net, part, count)
-                    loss.backward()
-                    total += loss.detach()
-            norm = None
-            if recipe.optim.clip is not None or number == 1:
-                norm = clip_grad_norm_(trained, float("inf") if recipe.optim.clip is None else recipe.optim.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.optim, number, recipe.steps)
-            optimizer.step()
-            optimizer.zero_grad()
-            return lambda: _Done(float(total), None if norm is None else float(norm), work)
-
-        yield step
-
-
-def _first(net: Trunk, name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Return a parameter's first value, whole: as the model starts it, but a matrix of zeros is filled at random.
-
-    A network with such a matrix before its loss passes back no gradient: nothing could be compared, and a device that
-    multiplies zeros is faster than one at work.
-    """
-    value = initial(net, name, shape, seed, device)
-    return value.normal_(0, 0.02, generator=torch.Generator(device).manual_seed(seed)) if _is_blank(value) else value
-
-
-def _is_blank(value: Tensor) -> bool:
-    return value.dim() > 1 and not bool(value.any())
-
-
-@contextmanager
-def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _adamw(net: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """Return torch's AdamW, fused where it can be, with the recipe's settings; vectors do not decay."""
-    optim, trained = recipe.optim, [p for p in net.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda")
-    used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
-
-
-def copy_weights(
-    net: nn.Module, recipe: Recipe, model: Model, device: torch.device, *, layout: str | None = None
-) -> None:
-    """Give a peer's network the values ours starts from, parameter by parameter, and peft's adapters if it has any.
-
-    ValueError unless its parameters are those of the layout.
-    """
-    config = model.config(recipe)
-    ours = on_meta(model.build, config)
-    chosen = model.layouts[0] if layout is None else weights.find_layout(model, layout)
-    table = chosen.table(config)
-    bounds = table.bind({name: tuple(p.shape) for name, p in ours.named_parameters()})
-    # A parameter may have several names there, where weights are tied.
-    theirs = dict(net.named_parameters(remove_duplicate=False))
-    wanted = {part.name for bound in bounds.values() for part in bound.parts}
-    if odd := sorted(name for name in wanted ^ theirs.keys() if not table.ignored(name)):
-        raise ValueError(f"the peer's parameters are not those of layout {chosen.name!r}: {len(odd)}, first {odd[0]!r}")
-    with torch.no_grad():
-        for name, bound in bounds.items():
-            for part, value in bound.split(_first(ours, name, bound.shape, recipe.seed, device)):
-                theirs[part].copy_(value)
-        for name, value in chosen.extra(config, torch.float32).items():
-            if name in theirs:  # what ours computes and theirs keeps
-                theirs[name].copy_(value)
-    if recipe.lora is not None:
-        _adapt(net, recipe, lora.attach(ours, recipe.lora), bounds, device)
-
-
-def _adapt(net: nn.Module, recipe: Recipe, ours: Any, bounds: dict[str, Bound], device: torch.device) -> None:
-    """Freeze a peer's network and add peft's adapters where ours has some, from the same factors; B starts at zero."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    rank, alpha, dropout = recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout  # type: ignore[union-attr]
-    found: dict[str, Tensor] = {}
-    for name, adapter in lora.adapters(ours):
-        factor = initial(ours, f"{name}.{lora.CHILD}.a", tuple(adapter.a.shape), recipe.seed, device)
-        parts = [part.name.removesuffix(".weight") for part in bounds[f"{name}.weight"].parts]
-        if len(parts) == len(adapter.projections):
-            parts = [parts[number] for number in adapter.adapted]
-        if len(parts) * rank != len(factor):
-            raise ValueError(
-                f"{name}: {len(factor)} rows of factors of rank {rank} for {len(parts)} layers of the peer"
-            )
-        found |= dict(zip(parts, factor.split(rank), strict=True))
-    net.requires_grad_(False)
-    scale = rank if alpha is None else alpha
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=list(found)),  # type: ignore[arg-type]
-        net,
-    )
-    with torch.no_grad():
-        for module, factor in found.items():
-            net.get_submodule(module).lora_A["default"].weight.copy_(factor)  # type: ignore[union-attr,index,operator]
-
-
-@contextmanager
-def restored(*spaces: Any) -> Iterator[None]:
-    """Put back what is assigned meanwhile to modules or classes: for libraries that patch others."""
-    before = [dict(vars(space)) for space in spaces]
-    try:
-        yield
-    finally:
-        for space, held in zip(spaces, before, strict=True):
-            for name in [n for n in vars(space) if n not in held]:
-                delattr(space, name)
-            for name, value in held.items():
-                if vars(space)[name] is not value:
-                    setattr(space, name, value)
-
-
-# --- turns and clocks ------------------------------------------------------------------------------------------------
-
-
 def compare(
     model: Model,
     comparison: Comparison,
@@ -387,7 +163,7 @@ def compare(
         # A peer's figure stands beside the recipe it was compared on, which is that of our first row.
         recipe = side.recipe if side.peer is None else sides[0].recipe
         precision = side.recipe.precision
-        side.measured = perf.result(
+        side.measured = result(
             recipe,
             model,
             device,
@@ -449,10 +225,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _open(side: Side, model: Model, device: torch.device) -> AbstractContextManager[_Step]:
+def _open(side: Side, model: Model, device: torch.device) -> AbstractContextManager[Step]:
     if side.peer is None:
-        return _open_ours(side.recipe, model, device)
-    return _open_peer(side.peer, side.recipe, model, device)
+        return open_ours(side.recipe, model, device)
+    return open_peer(side.peer, side.recipe, model, device)
 
 
 def _in_turn(
@@ -492,7 +268,7 @@ def _in_pairs(
     sides: Sequence[Side], model: Model, device: torch.device, steps: int, warmup: int, say: Callable[[str], None]
 ) -> None:
     """Hold all sides and let each do a step in turn, every other time the other way round."""
-    held: dict[int, _Step] = {}
+    held: dict[int, Step] = {}
     with ExitStack() as stack:
         for place, side in enumerate(sides):
             if not side.said:
@@ -577,9 +353,6 @@ def _relate(report: Report) -> None:
             side.ratio = _speed(side) / _speed(best)
 
 
-# --- what people see and what is kept --------------------------------------------------------------------------------
-
-
 def table(report: Report) -> Table:
     """Return a comparison as a table, a row for each side."""
     rows = [s.measured for s in report.sides if s.measured is not None]
@@ -619,7 +392,7 @@ def notes(report: Report) -> list[str]:
     matmul = chart.short(report.ceiling.flops, unit="FLOP/s")
     turns = "in pairs, step by step" if report.comparison.tiny else "one after another"
     lines = [
-        f"{devices.name(report.device)}; {perf.stack()}; {', '.join(_versions(report)) or 'no peer'}",
+        f"{devices.name(report.device)}; {provenance.stack()}; {', '.join(_versions(report)) or 'no peer'}",
         f"a matrix product in {report.sides[0].recipe.precision} here: {matmul}; sides ran {turns}, each step with its "
         "data, losses and the first gradient compared; x best peer: above 1 is faster",
     ]

@@ -3,112 +3,24 @@
 from __future__ import annotations
 
 import datetime
-import importlib
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from . import breakdown
-from . import device as devices
-from .breakdown import Breakdown, Clock
-from .errors import UserError
-from .model import Model
-from .peak import Peak, copy_rate, known_peak, measured_peak
-from .recipe import Recipe
-from .task import Work
-
-CORE = "mindspeed-model-core"
-
-
-def stack() -> str:
-    """Return the versions a speed depends on, such as ``torch 2.8.0, cuda 12.8, megatron-core 0.16.1, python 3.11``."""
-    found = [f"torch {torch.__version__}"]
-    if torch.version.cuda:
-        found.append(f"cuda {torch.version.cuda}")
-    for name in ("torch-npu", "megatron-core", "flash-attn-4"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    cann = _cann()
-    if cann:
-        found.append(f"cann {cann}")
-    found.append(f"python {platform.python_version()}")
-    return ", ".join(found)
-
-
-def _cann() -> str | None:
-    home = os.environ.get("ASCEND_TOOLKIT_HOME") or os.environ.get("ASCEND_HOME_PATH")
-    if not home:
-        return None
-    for info in sorted(Path(home).glob("**/ascend_toolkit_install.info")):
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("version="):
-                return line.partition("=")[2].strip()
-    return None
-
-
-def commit(*packages: str, files: Sequence[Path] = ()) -> str | None:
-    """Return what code runs: the git commit its sources stand at, else the installed distributions' versions.
-
-    ``packages`` are import names; core is always one of them; ``files`` are sources beside them, in a checkout. A
-    commit whose sources hold changes, new files included, ends in ``+dirty``. None when it cannot be told, for
-    instance in a repository without a commit.
-    """
-    found: list[str] = []
-    names = dict.fromkeys((*packages, __package__ or "mindspeed_model_core"))
-    for each in [*map(_version, names), *map(_standing, files)]:
-        if each is None:
-            return None
-        if each not in found:
-            found.append(each)
-    # One repository, one of whose packages is changed: the changed one says it all.
-    return " ".join(v for v in found if f"{v}+dirty" not in found)
-
-
-def _version(package: str) -> str | None:
-    file = importlib.import_module(package).__file__
-    if file is None:
-        return None
-    folder = Path(file).resolve().parent
-    if any((parent / ".git").exists() for parent in folder.parents):
-        ignored = _git(folder, "check-ignore", "-q", str(folder))
-        if ignored is None:
-            return None
-        # An environment inside a checkout is ignored by it: the checkout's commit is not the installed code's.
-        if ignored.returncode != 0:
-            return _standing(folder)
-    for name in metadata.packages_distributions().get(package, ()):
-        return f"{name}=={metadata.version(name)}"
-    return None
-
-
-def _standing(path: Path) -> str | None:
-    """Return the commit that a file or folder stands at, with ``+dirty`` where it is changed."""
-    folder = path if path.is_dir() else path.parent
-    head = _git(folder, "rev-parse", "--short=12", "HEAD")
-    status = _git(folder, "status", "--porcelain", "--", str(path))
-    if head is None or status is None or head.returncode or status.returncode:
-        return None
-    return head.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
-
-
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str] | None:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+from .. import breakdown
+from .. import device as devices
+from ..breakdown import Breakdown, Clock
+from ..errors import UserError
+from ..model import Model
+from ..peak import Peak, copy_rate, known_peak, measured_peak
+from ..recipe import Recipe
+from ..task import Work
+from . import provenance
 
 
 @dataclass(frozen=True)
@@ -191,9 +103,9 @@ def measure(recipe: Recipe, model: Model, *, steps: int = 10, warmup: int = 3, s
         raise UserError(f"steps={steps}, warmup={warmup}: measure needs steps of 1 or more and warmup of 0 or more")
     if session is not None:
         return _measure(recipe, model, session, steps, warmup)
-    from .parallel import buffers
-    from .parallel.mesh import close_mesh, open_mesh
-    from .train import Session
+    from ..parallel import buffers
+    from ..parallel.mesh import close_mesh, open_mesh
+    from ..train import Session
 
     mesh = open_mesh(recipe.parallel, buffers=buffers.sizes(recipe, model))
     opened = Session(from_random(recipe), model, mesh, synthetic=True)
@@ -280,8 +192,8 @@ def result(
         device=device.type,
         hardware=devices.name(device),
         devices=world,
-        stack=stack(),
-        commit=commit(model.package, files=files),
+        stack=provenance.stack(),
+        commit=provenance.commit(model.package, files=files),
         date=datetime.date.today().isoformat(),
         task_unit=unit,
         steps=len(pairs),
@@ -311,7 +223,7 @@ def _most(mesh: Any, values: list[float]) -> list[float]:
 
 def summary(measured: Measurement) -> Table:
     """Return a measurement as a table of two columns, for people."""
-    from .chart import plain, short
+    from ..chart import plain, short
 
     m = measured
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -338,7 +250,7 @@ def summary(measured: Measurement) -> Table:
 
 def _shares(m: Measurement, reached: Ceilings) -> Iterator[tuple[str, str]]:
     """Yield how much of what the device reaches here the step uses, and the phases made of it."""
-    from .chart import short
+    from ..chart import short
 
     products, copies = short(reached.products, unit="FLOP/s"), short(reached.copies, unit="B/s")
     yield "of products", f"{m.flops / reached.products:.1%} of the {products} that matrix products reach here"
