@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mindspeed_model_core import device as devices
 from mindspeed_model_core import frozen
 from mindspeed_model_core.data import load_tokenizer
 from mindspeed_model_core.frozen import ClipProcessor, FrozenParts, signed, unsigned
@@ -120,9 +121,10 @@ class Encoders(FrozenParts):
             return_attention_mask=True,
             return_tensors="pt",
         )
-        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        ids, mask = (devices.send(each, self.device) for each in (tokens.input_ids, tokens.attention_mask))
         states = self.text_encoder(ids, mask).last_hidden_state
-        return [rows[:length] for rows, length in zip(states, mask.sum(1).tolist(), strict=True)]
+        lengths = tokens.attention_mask.sum(1).tolist()
+        return [rows[:length] for rows, length in zip(states, lengths, strict=True)]
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Return embeddings ``[B, 512, width]``, zero beyond each prompt's tokens."""
@@ -132,7 +134,7 @@ class Encoders(FrozenParts):
     def image(self, frames: Tensor) -> Tensor:
         """Return CLIP's states before its last block, ``[B, tokens, width]``, of uint8 images ``[B, 3, H, W]``."""
         pixels = torch.stack([self.image_processor.pixels(frame) for frame in frames])
-        pixels = pixels.to(self.device, self.image_encoder.dtype)
+        pixels = devices.send(pixels, self.device).to(self.image_encoder.dtype)
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
     @cached_property
