@@ -277,7 +277,8 @@ def app(model: Model) -> typer.Typer:
         source: Annotated[Path, typer.Argument(metavar="SRC", help="The folder to read.")],
         destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
         layout: Annotated[
-            str, typer.Option(metavar="NAME", help="How to write: hub (as transformers reads it) or original.")
+            str,
+            typer.Option(metavar="NAME", help="How to write: hub (as transformers or diffusers reads it) or original."),
         ],
         preset: Annotated[
             str | None,

@@ -64,6 +64,11 @@ def test_every_command_teaches_by_example(command: str) -> None:
     assert f"$ mindspeed-toy {command}" in call(command, "--help").stdout
 
 
+def test_the_help_of_convert_names_both_readers_of_hub_folders() -> None:
+    words = re.sub(r"[\s│]+", " ", call("convert", "--help").stdout)
+    assert "hub (as transformers or diffusers reads it) or original" in words
+
+
 def test_no_command_prints_the_help() -> None:
     result = call(status=2)
     assert "recipes" in result.stdout and result.stderr == ""

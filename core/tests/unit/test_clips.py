@@ -309,10 +309,16 @@ def test_a_folder_of_images_is_a_list(tmp_path: Path) -> None:
         load(folder, kind=Pictures)
     (folder / "metadata.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": "t{n}"}}\n' for n in range(3)))
     assert set(captions(load(folder, kind=Pictures), 4)) == {"t0", "t1", "t2"}
-    with pytest.raises(UserError, match="metadata.jsonl: has a caption for each file; leave the prompt 'all' out"):
+    with pytest.raises(UserError, match="metadata.jsonl: a list has its captions on its lines; leave the prompt"):
         load(folder, kind=Pictures, prompt="all")
     with pytest.raises(UserError, match="data.prompt='all': is for a folder of images, which .* is not; leave it out"):
         Pictures(path=str(folder / "metadata.jsonl"), prompt="all").source()
+
+
+def test_a_folder_with_the_name_of_an_image_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "album.png").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"album.png: is a folder, not a file"):
+        load(tmp_path / "photos", kind=Pictures, prompt="all")
 
 
 def test_a_folder_that_grew_is_another_one(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def read_items(path: str | Path, *, prompt: str | None = None, references: bool 
     if listed is not None:
         check_file(listed)
         if prompt is not None:
-            raise UserError(f"{listed}: has a caption for each file; leave the prompt {prompt!r} out")
+            raise UserError(f"{listed}: a list has its captions on its lines; leave the prompt {prompt!r} out")
         return read_list(listed, references=references)
     if references:
         raise UserError(f"{path}: pairs of images are listed in a .jsonl or .csv file, or {_LISTS[0]} in their folder")
@@ -263,7 +263,9 @@ def check_file(path: Path) -> None:
     try:
         with path.open("rb") as file:
             file.read(1)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a file") from None
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise Denied(f"{path}: cannot be opened: {error.strerror}; make it readable") from None
