@@ -60,6 +60,7 @@ def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("missing.wav", "no such file"),
+        ("folder.wav", "is a folder; name a file"),
         ("empty.wav", "holds no sample of sound"),
         ("none.wav", "holds no sample of sound"),
         ("text.wav", "not readable sound"),
@@ -70,12 +71,15 @@ def test_what_is_no_sound_is_named(tmp_path: Path, name: str, message: str) -> N
     from PIL import Image
 
     (tmp_path / "empty.wav").touch()
+    (tmp_path / "folder.wav").mkdir()
     (tmp_path / "text.wav").write_text("no sound" * 40)
     write(tmp_path / "none.wav", np.zeros(0))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     with pytest.raises(UserError, match=message) as error:
         read_audio(tmp_path / name, RATE)
     assert str(tmp_path / name) in str(error.value)
+    with pytest.raises(UserError):
+        seconds(tmp_path / name)
 
 
 def encoded(path: Path, codec: str, length: float = 3.0) -> Path:
@@ -112,16 +116,25 @@ def head(payload: bytes, said: int, *, kind: int = 1, bits: int = 16) -> bytes:
     """Return a wav whose header says that its samples are so many bytes."""
     form = struct.pack("<HHIIHH", kind, 1, RATE, RATE * bits // 8, bits // 8, bits)
     return b"".join(
-        (b"RIFF", struct.pack("<I", said + 36), b"WAVEfmt ", struct.pack("<I", 16), form, b"data",
+        (b"RIFF", struct.pack("<I", min(said + 36, 2**32 - 1)), b"WAVEfmt ", struct.pack("<I", 16), form, b"data",
          struct.pack("<I", said), payload)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [0, 0.25, 2])
-def test_all_samples_are_read_whatever_the_header_says(tmp_path: Path, share: float) -> None:
+@pytest.mark.parametrize("said", [0, 8000, 0xFFFFFFFF])
+def test_all_samples_are_read_of_a_writer_that_did_not_know_their_number(tmp_path: Path, said: int) -> None:
     payload = (sine(1.0) * 32767).astype("<i2").tobytes()
-    (tmp_path / "a.wav").write_bytes(head(payload, int(share * len(payload))))
+    (tmp_path / "a.wav").write_bytes(head(payload, said))
     assert len(read_audio(tmp_path / "a.wav", RATE)) == RATE and seconds(tmp_path / "a.wav") == pytest.approx(1.0)
+
+
+def test_a_file_copied_in_part_is_refused_or_heard_to_its_end(tmp_path: Path) -> None:
+    payload = (sine(1.0) * 32767).astype("<i2").tobytes()
+    (tmp_path / "a.wav").write_bytes(head(payload[:16000], len(payload)))
+    with pytest.raises(UserError, match=r"a\.wav: ends 16000 bytes before its header says; it is truncated"):
+        read_audio(tmp_path / "a.wav", RATE)
+    told: list[float] = []
+    assert len(read_audio(tmp_path / "a.wav", RATE, damaged=told.append)) == 8000 and told == [0.5]
 
 
 def test_what_follows_the_samples_is_no_sound(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_bad_file_is_named_and_skipped_or_stops_the_run(clips: Path, tmp_path:
         load(listed, on_bad="skip")
     (tmp_path / "gone.mp4").unlink()
     listed.write_text("".join(json.dumps(row) + "\n" for row in bad))
-    with pytest.raises(UserError, match="none of its 2 clips can be used"):
+    with pytest.raises(UserError, match="none of its 2 samples can be used"):
         load(listed, on_bad="skip")
 
 
@@ -186,7 +186,7 @@ def test_lists_with_tabs_are_read_where_they_are_asked_for(tmp_path: Path) -> No
         list(read_rows(listed, tabs=True))
     listed.write_text('path\tsentence\na.mp3\tsay "hi\n', encoding="utf-8")
     assert list(read_rows(listed, tabs=True)) == [(2, f"{listed}:2", {"path": "a.mp3", "sentence": 'say "hi'})]
-    with pytest.raises(UserError, match=r"a list of clips is a \.jsonl or \.csv file, not \.tsv"):
+    with pytest.raises(UserError, match=r"a list is a \.jsonl or \.csv file, not \.tsv"):
         list(read_rows(listed))
 
 
@@ -205,9 +205,9 @@ def test_csv_lists_with_other_column_names(clips: Path) -> None:
         ("list.jsonl", '{"video": null, "text": "b"}', "1: 'video' must hold text, got NoneType"),
         ("list.jsonl", '{"video": "A", "path": "B", "text": "x"}', "1: 'path' and 'video' differ, .* all but one out"),
         ("list.jsonl", '{"video": "A", "caption": "x", "text": "y"}', "1: 'text' and 'caption' differ"),
-        ("list.jsonl", "", "lists no clip"),
+        ("list.jsonl", "", "lists no file"),
         ("list.jsonl", "[", "list.jsonl:1: not a JSON"),
-        ("list.csv", "path,text", "lists no clip"),
+        ("list.csv", "path,text", "lists no file"),
         ("list.csv", "path,text\na.mp4,one, two", "list.csv:2: 3 values for 2 columns; quote the caption"),
         ("list.csv", "path,text\n\na.mp4", "list.csv:3: only 1 of 2 columns; add 'text'"),
         ("list.csv", "vid;cap\na.mp4;x", "list.csv:2: no key path or .* or file_name; values must be .* by commas"),
@@ -245,9 +245,9 @@ def test_what_a_path_is(clips: Path, tmp_path: Path) -> None:
     refused("data.path: this field is required", None)
     refused("no such file or folder", tmp_path / "nothing")
     refused("data.kind=raw: .* is features", tmp_path, kind="raw")
-    refused("data.kind=features: .* is a list of clips", clips, kind="features")
+    refused("data.kind=features: .* is a list", clips, kind="features")
     for path, said in ((clips.parent / "part-0" / "clip.mp4", "not .mp4"), (clips.parent, "is a folder")):
-        with pytest.raises(UserError, match=f"a list of clips is a .jsonl or .csv file, {said}|{said}; a list of"):
+        with pytest.raises(UserError, match=f"a list is a .jsonl or .csv file, {said}|{said}; a list is"):
             read_list(path)
 
 
@@ -317,7 +317,7 @@ def test_a_folder_of_images_is_a_list(tmp_path: Path) -> None:
 
 def test_a_folder_with_the_name_of_an_image_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "photos" / "album.png").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"album.png: is a folder, not a file"):
+    with pytest.raises(UserError, match=r"album.png: is a folder; name a file"):
         load(tmp_path / "photos", kind=Pictures, prompt="all")
 
 

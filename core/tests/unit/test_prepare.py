@@ -49,7 +49,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "features"
     line = run(clips, folder)
-    assert re.fullmatch(rf"{folder}: 40 clips encoded in \d+ s, [\d.]+ clips/s; 40 in all", line)
+    assert re.fullmatch(rf"{folder}: 40 samples encoded in \d+ s, [\d.]+ a second; 40 in all", line)
     assert len(list((folder / SHARDS).iterdir())) > 5
     return folder
 
@@ -121,11 +121,11 @@ def test_a_kill_loses_and_doubles_nothing(clips: Path, whole: Path, tmp_path: Pa
     kept = {path: path.read_bytes() for path in (folder / SHARDS).glob("*.safetensors")}
     assert len(kept) == 2 and not (folder / INDEX).exists()
     line = run(clips, folder)
-    assert re.search(r"(\d+) clips encoded .*; (\d+) were there; 40 in all", line)
+    assert re.search(r"(\d+) samples encoded .*; (\d+) were there; 40 in all", line)
     assert all(path.read_bytes() == data for path, data in kept.items())
     assert files(folder) == files(whole)
     again = run(clips, folder)
-    assert ": 0 clips encoded" in again and "40 were there; 40 in all" in again
+    assert ": 0 samples encoded" in again and "40 were there; 40 in all" in again
     assert files(folder) == files(whole)
 
 
@@ -176,7 +176,7 @@ def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tm
     why = "rank 1 was killed (SIGKILL: by hand, or the machine ran out of memory); the other ranks were stopped"
     ends = {"worker": (128 + signal.SIGKILL, f"error: {why}\n")}
     status, said = job.wait()
-    kept = rf"{folder}: stopped at \d+ of 40 clips; they are kept, the same command goes on from there\n"
+    kept = rf"{folder}: stopped at \d+ of 40 samples; they are kept, the same command goes on from there\n"
     said = re.sub(kept, "", said)
     # Ranks that lose the launcher may hear first from PyTorch that its store is gone.
     assert (status, "" if "TCPStore" in said else said) == ends.get(victim, (-signal.SIGKILL, ""))
@@ -189,7 +189,7 @@ def test_a_job_goes_on_after_a_kill_of(victim: str, clips: Path, whole: Path, tm
     else:
         assert Job(clips, folder).wait() == (0, "")
         said = (tmp_path / "said").read_text()
-    counts = re.fullmatch(rf"{folder}: (\d+) clips encoded in .* clips/s; (\d+) were there; 40 in all", said)
+    counts = re.fullmatch(rf"{folder}: (\d+) samples encoded in .* a second; (\d+) were there; 40 in all", said)
     assert counts and int(counts[1]) + int(counts[2]) == LINES
     # A rank of a launcher that was killed may have been writing its last shard when we looked.
     assert int(counts[2]) == len(had) or (victim == "launcher" and int(counts[2]) > len(had))
@@ -208,7 +208,7 @@ def test_a_job_that_is_stopped_keeps_what_it_encoded(
     wait_for(lambda: (tmp_path / "encoded0").exists() and (tmp_path / "encoded1").exists())
     os.kill(job.process.pid or 0, number)
     status, said = job.wait()
-    told = re.fullmatch(rf"{folder}: stopped at (\d+) of 40 clips; they are kept, .*\n", said)
+    told = re.fullmatch(rf"{folder}: stopped at (\d+) of 40 samples; they are kept, .*\n", said)
     kept = len(features.done(folder))
     # The other rank may have ended its clip as the first spoke.
     assert status == 128 + number and told and 2 <= int(told[1]) <= kept <= int(told[1]) + 1
@@ -247,7 +247,8 @@ def test_a_process_alone_keeps_what_it_encoded_and_says_so(
     kept = len(features.done(tmp_path / "features"))
     assert 5 < kept < 10
     assert capsys.readouterr().err == (
-        f"{tmp_path / 'features'}: stopped at {kept} of 40 clips; they are kept, the same command goes on from there\n"
+        f"{tmp_path / 'features'}: stopped at {kept} of 40 samples; they are kept, the same command goes on from there"
+        "\n"
     )
     monkeypatch.undo()
     run(clips, tmp_path / "features")
@@ -310,7 +311,7 @@ def test_bad_files_are_named_and_skipped_or_stop_the_run(clips: Path, tmp_path: 
     with pytest.raises(UserError, match=r"some.jsonl:2: .*cut.mp4: .*\(--on-bad skip leaves such files out\)"):
         run(listed, tmp_path / "stopped")
     line = run(listed, tmp_path / "skipped", skipping())
-    assert "1 clips encoded" in line and "2 bad files skipped; 1 in all" in line
+    assert "1 sample encoded" in line and "2 bad files skipped; 1 in all" in line
     found = FeatureSet(tmp_path / "skipped")
     assert found.keys == ["00000001-clip"] and found.meta["skipped"] == 2
 
@@ -327,7 +328,7 @@ def test_a_file_found_bad_while_decoding_is_skipped_too(
     with pytest.raises(UserError, match=r"damaged \(--on-bad skip"):
         run(clips, tmp_path / "stopped")
     line = run(clips, tmp_path / "skipped", skipping())
-    assert "39 clips encoded" in line and "1 bad files skipped; 39 in all" in line
+    assert "39 samples encoded" in line and "1 bad files skipped; 39 in all" in line
     assert "part-2/clip.mp4: damaged" in capsys.readouterr().err
 
 
@@ -347,7 +348,7 @@ def test_other_settings_and_other_folders_are_refused(clips: Path, whole: Path, 
     for changed, what in (
         (lines[::-1], "moved.jsonl:1 differs"),
         (worded, "moved.jsonl:7 differs"),
-        (lines[:-1], "it had 40 clips, now 39"),
+        (lines[:-1], "it had 40 samples, now 39"),
     ):
         moved.write_text("".join(changed))
         refused(rf"prepared from another list \(.*{what}\); add lines at its end only", listed=moved)
@@ -364,7 +365,7 @@ def test_lines_may_be_added_to_the_list(clips: Path, whole: Path, tmp_path: Path
     short.write_text("".join(lines[:2]))
     run(short, tmp_path / "grown")
     short.write_text("".join(lines))
-    assert "38 clips encoded" in run(short, tmp_path / "grown")
+    assert "38 samples encoded" in run(short, tmp_path / "grown")
     assert contents(tmp_path / "grown") == contents(whole) and unplaced(tmp_path / "grown") == unplaced(whole)
 
 
@@ -373,9 +374,9 @@ def test_the_list_may_be_spelled_otherwise_and_be_moved(
 ) -> None:
     before = files(whole)
     monkeypatch.chdir(clips.parent)
-    assert "0 clips encoded" in run(Path("clips.jsonl"), whole)
+    assert "0 samples encoded" in run(Path("clips.jsonl"), whole)
     shutil.copytree(clips.parent, tmp_path / "moved")
-    assert "0 clips encoded" in run(tmp_path / "moved" / "clips.jsonl", whole)
+    assert "0 samples encoded" in run(tmp_path / "moved" / "clips.jsonl", whole)
     assert files(whole) == before
 
 
@@ -391,7 +392,7 @@ def test_a_folder_begun_before_lines_had_marks_is_gone_on_with(clips: Path, whol
         (folder / SETTINGS).write_text(json.dumps({**settings, "lines": count, "list": digest}))
 
     old(LINES - 3)
-    assert "0 clips encoded" in run(clips, folder) and files(folder) == files(whole)
+    assert "0 samples encoded" in run(clips, folder) and files(folder) == files(whole)
     lines[1] += "!"
     old(LINES)
     with pytest.raises(UserError, match="its first 40 lines differ"):
@@ -412,7 +413,7 @@ def test_a_file_that_one_rank_cannot_read_loses_no_other(rank: int, clips: Path,
     folder = tmp_path / "features"
     status, said = Job(tmp_path / "{rank}" / "clips.jsonl", folder, on_bad="skip").wait()
     assert status == 0 and said.count("\n") == 1 and f"{tmp_path}/{rank}/{6 + rank}.mp4: no such file" in said
-    assert "39 clips encoded" in (tmp_path / "said").read_text() and "39 in all" in (tmp_path / "said").read_text()
+    assert "39 samples encoded" in (tmp_path / "said").read_text() and "39 in all" in (tmp_path / "said").read_text()
     found = FeatureSet(folder)
     assert [int(key.partition("-")[0]) for key in found.keys] == [i + 1 for i in range(LINES) if i != 6 + rank]
     assert found.meta["samples"] == 39 and found.meta["skipped"] == 1
@@ -423,7 +424,7 @@ def test_ranks_with_other_lists_are_refused(clips: Path, tmp_path: Path) -> None
         (tmp_path / str(host)).mkdir()
         (tmp_path / str(host) / "clips.jsonl").write_text(clips.read_text().replace("line", word))
     status, said = Job(tmp_path / "{rank}" / "clips.jsonl", tmp_path / "features").wait()
-    assert status == 2 and re.fullmatch(r"error: the list of clips: is \w+ on rank 1 and \w+ on rank 0; .*\n", said)
+    assert status == 2 and re.fullmatch(r"error: the list: is \w+ on rank 1 and \w+ on rank 0; .*\n", said)
 
 
 def test_a_destination_that_cannot_be_is_refused(clips: Path, tmp_path: Path) -> None:
@@ -436,7 +437,7 @@ def test_a_destination_that_cannot_be_is_refused(clips: Path, tmp_path: Path) ->
 
 def test_a_list_of_which_nothing_can_be_used_is_an_error(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "clips.jsonl").write_text('{"video": "gone.mp4", "caption": "x"}\n' * 2)
-    with pytest.raises(UserError, match="features: none of the 2 clips can be used"):
+    with pytest.raises(UserError, match="features: none of the 2 samples can be used"):
         run(tmp_path / "clips.jsonl", tmp_path / "features", skipping())
     assert capsys.readouterr().err.count("skipped: ") == 2 and not (tmp_path / "features" / INDEX).exists()
 
@@ -459,7 +460,7 @@ def test_progress_is_told_where_there_is_no_terminal(
     monkeypatch.setattr(module, "_EVERY", 0.0)
     run(clips, tmp_path / "slow")
     lines = capsys.readouterr().err.splitlines()
-    form = rf"{tmp_path / 'slow'}: (\d+) of 40 clips, [\d.]+ clips/s, \d:\d\d:\d\d left"
+    form = rf"{tmp_path / 'slow'}: (\d+) of 40 samples, [\d.]+ a second, \d:\d\d:\d\d left"
     assert [int(match[1]) for line in lines if (match := re.fullmatch(form, line))] == list(range(1, LINES + 1))
 
 
@@ -507,11 +508,11 @@ def test_a_folder_of_images_grows_anywhere(tmp_path: Path) -> None:
     paint("b.png", "d 1.png", "d_1.png")
     (photos / "broken.png").write_bytes(b"")
     (photos / "b.txt").write_text("a cat")
-    assert ": 3 clips encoded" in run(photos, folder, data)
+    assert ": 3 samples encoded" in run(photos, folder, data)
     before = files(folder / SHARDS)
     paint("a.png", "c.png", "b.jpg")
     (photos / "broken.png").unlink()
-    assert re.search(": 3 clips encoded .*; 3 were there; 6 in all", run(photos, folder, data))
+    assert re.search(": 3 samples encoded .*; 3 were there; 6 in all", run(photos, folder, data))
     assert before.items() <= files(folder / SHARDS).items()
     at_once = tmp_path / "at-once"
     run(photos, at_once, data)

@@ -50,7 +50,7 @@ def test_prepared_features_are_what_training_makes_of_the_images(
 ) -> None:
     """Batch by batch, in the same order and with the same noise; a position in an epoch means the same."""
     line = prepare(photos, tmp_path / "made", encoders, FluxData(**SHAPE), pairs=kontext)
-    assert re.fullmatch(rf"{tmp_path}/made: 6 clips encoded in \d+ s, [\d.]+ clips/s; 6 in all", line)
+    assert re.fullmatch(rf"{tmp_path}/made: 6 samples encoded in \d+ s, [\d.]+ a second; 6 in all", line)
     raw = recipe(photos, **SHAPE, encoders=str(encoders))
     ready = recipe(tmp_path / "made", text_tokens=16)
     steps = []

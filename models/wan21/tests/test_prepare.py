@@ -41,7 +41,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(clips: Path, encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "features"
     line = prepare(clips, folder, encoders, DATA, "first-last", shard_bytes=20_000)
-    assert re.fullmatch(rf"{folder}: 6 clips encoded in \d+ s, [\d.]+ clips/s; 6 in all", line)
+    assert re.fullmatch(rf"{folder}: 6 samples encoded in \d+ s, [\d.]+ a second; 6 in all", line)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_two_processes_share_the_work(clips: Path, encoders: Path, whole: Path, 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1 and ": 6 clips encoded" in done.stdout and "6 in all" in done.stdout
+    assert done.stdout.count("\n") == 1 and ": 6 samples encoded" in done.stdout and "6 in all" in done.stdout
     ours, theirs = FeatureSet(folder), FeatureSet(whole)
     assert ours.keys == theirs.keys and ours.meta == theirs.meta
     assert all(equal(ours.read(i), theirs.read(i)) for i in range(len(ours)))
@@ -103,7 +103,7 @@ def test_a_folder_says_what_it_was_made_with_and_may_grow(
         "listed": "".join(hashlib.sha256(line.encode()).hexdigest()[:8] for line in lines),
     }
     line = prepare(clips, tmp_path / "made", encoders, DATA, "first-last")
-    assert ": 4 clips encoded" in line and "2 were there; 6 in all" in line
+    assert ": 4 samples encoded" in line and "2 were there; 6 in all" in line
     assert FeatureSet(tmp_path / "made").keys == FeatureSet(whole).keys
 
 

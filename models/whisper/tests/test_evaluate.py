@@ -154,6 +154,16 @@ def test_an_output_that_exists_is_kept(folder: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text())["text"] == "text 0"
 
 
+def test_an_output_never_replaces_the_list(folder: Path, tmp_path: Path) -> None:
+    listed = write_list(tmp_path, 1)
+    before, other = listed.read_text(), tmp_path / "other.jsonl"
+    other.symlink_to(listed)
+    for out in (listed, other):
+        with pytest.raises(UserError, match=r"--out=.*\.jsonl: is the list itself; choose another name"):
+            run(folder, listed, out=out, overwrite=True)
+    assert listed.read_text() == before
+
+
 def test_an_evaluation_that_is_stopped_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,10 @@ from torch import Tensor
 from ..errors import UserError
 from .media import check_file
 
+_EMPTY = "holds no sample of sound; it is empty or truncated, leave it out"
+_UNKNOWN = 0x7FFF0000
+"""Bytes from which a wav's header means that its writer, of a stream, did not know the length."""
+
 
 def seconds(path: str | Path) -> float:
     """Return how long a file's first sound is, from its header, or where that is silent or wrong from its packets.
@@ -21,13 +25,14 @@ def seconds(path: str | Path) -> float:
     UserError for a file that is missing or holds no sound.
     """
     with _sound(Path(path)) as (container, stream):
+        length = 0.0
         if not _understates(Path(path)):
-            if stream.duration:
-                return float(stream.duration * stream.time_base)
-            if container.duration:
-                return float(container.duration / 1e6)
+            length = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / 1e6
         # Not decoded: what is damaged has its length, too.
-        return sum(float(each.duration * each.time_base) for each in container.demux(stream) if each.duration)
+        length = length or sum(float(p.duration * p.time_base) for p in container.demux(stream) if p.duration)
+        if not length:
+            raise UserError(f"{path}: {_EMPTY}")
+        return length
 
 
 def read_audio(
@@ -46,6 +51,8 @@ def read_audio(
     parts: list[np.ndarray[Any, Any]] = []
     left, held, whole = None if most is None else round(most * rate), 0, False
     with _sound(path) as (container, stream):
+        if damaged is None and (lost := _lost(path)):
+            raise UserError(f"{path}: ends {lost} bytes before its header says; it is truncated, copy it again")
         change = av.AudioResampler(format="fltp", rate=rate)
         for frame in _frames(path, container, stream, damaged):
             if isinstance(frame, float):
@@ -58,9 +65,11 @@ def read_audio(
                 whole = True
             if left is not None and held >= left:
                 break
+    if damaged is not None and left is None and _lost(path):
+        damaged(held / rate)
     samples = np.concatenate(parts)[:left] if whole else np.zeros(0, np.float32)
     if not len(samples):
-        raise UserError(f"{path}: holds no sample of sound; it is empty or truncated, leave it out")
+        raise UserError(f"{path}: {_EMPTY}")
     wrong = np.flatnonzero(~np.isfinite(samples))
     if len(wrong):
         raise UserError(
@@ -97,7 +106,7 @@ def _sound(path: Path) -> Iterator[tuple[Any, Any]]:
 
     check_file(path)
     if not path.stat().st_size:
-        raise UserError(f"{path}: holds no sample of sound; it is empty or truncated, leave it out")
+        raise UserError(f"{path}: {_EMPTY}")
     try:
         options = {"ignore_length": "1"} if _understates(path) else {}
         with av.open(str(path.absolute()), options=options) as container:  # a colon in a bare name would be a protocol
@@ -119,16 +128,27 @@ def _understates(path: Path) -> bool:
 
     What follows the samples is then no chunk: four letters and a size that the file has room for.
     """
-    size = path.stat().st_size
+    size, after = path.stat().st_size, False
+    for name, start, length in _chunks(path):
+        if after and not (name.isascii() and name.decode().isprintable() and start + length <= size):
+            return True
+        after = after or name == b"data"
+    return False
+
+
+def _lost(path: Path) -> int:
+    """Return how many bytes of samples a wav's header tells of that are not there, as in a file copied in part."""
+    for name, start, length in _chunks(path):
+        if name == b"data":
+            return max(0, start + length - path.stat().st_size) if length < _UNKNOWN else 0
+    return 0
+
+
+def _chunks(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start and length of a wav's chunks, as their heads tell."""
     with path.open("rb") as file:
         head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return False
-        after = False
-        while len(chunk := file.read(8)) == 8:
-            name, length = chunk[:4], int.from_bytes(chunk[4:], "little")
-            if after and not (name.isascii() and name.decode().isprintable() and file.tell() + length <= size):
-                return True
-            after = after or name == b"data"
-            file.seek(length + length % 2, 1)
-    return False
+        while head[:4] == b"RIFF" and head[8:] == b"WAVE" and len(chunk := file.read(8)) == 8:
+            start, length = file.tell(), int.from_bytes(chunk[4:], "little")
+            yield chunk[:4], start, length
+            file.seek(start + length + length % 2)

@@ -118,7 +118,7 @@ class PictureData(Section):
                 f"data.prompt={self.prompt!r}: is for a folder of images, which {path} is not; leave it out"
             )
         if self.kind is not None and self.kind != ("raw" if found == "raw" else "features"):
-            looks = "a list of clips" if found == "raw" else "features"
+            looks = "a list" if found == "raw" else "features"
             raise UserError(f"data.kind={self.kind}: {path} is {looks}; set data.kind=null or another data.path")
         return found, path
 
@@ -362,7 +362,7 @@ class Clips:
         self.clips = usable(items, data, self.bad)
         self.bad.report(len(items))
         if not self.clips:
-            raise UserError(f"{path}: none of its {len(items)} clips can be used")
+            raise UserError(f"{path}: none of its {len(items)} samples can be used")
         self.keys = [bucket for _, bucket in self.clips]
         self.fps, self.text_drop = data.rate, data.text_drop
         self.identity = {**facts, "data.path (clips that can be used)": len(self.clips), **data.facts}

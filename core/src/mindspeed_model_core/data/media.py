@@ -194,9 +194,9 @@ def read_rows(path: Path, *, tabs: bool = False) -> Iterator[tuple[int, str, dic
     kinds = (".jsonl", ".csv", ".tsv") if tabs else (".jsonl", ".csv")
     known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; a list of clips is a {known} file")
+        raise UserError(f"{path}: is a folder; a list is a {known} file")
     if path.suffix not in kinds:
-        raise UserError(f"{path}: a list of clips is a {known} file, not {path.suffix or 'a nameless one'}")
+        raise UserError(f"{path}: a list is a {known} file, not {path.suffix or 'a nameless one'}")
     check_file(path)
     line = 0
     try:
@@ -206,7 +206,7 @@ def read_rows(path: Path, *, tabs: bool = False) -> Iterator[tuple[int, str, dic
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
     if not line:
-        raise UserError(f"{path}: lists no clip")
+        raise UserError(f"{path}: lists no file")
 
 
 def _csv(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -264,7 +264,7 @@ def check_file(path: Path) -> None:
         with path.open("rb") as file:
             file.read(1)
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a file") from None
+        raise UserError(f"{path}: is a folder; name a file") from None
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -141,7 +141,7 @@ def prepare(
     """
     settings = {**settings, **data.shapes}
     with closing(Job()) as job:
-        agree("the list of clips", hashlib.sha256("".join(map(_mark, items)).encode()).hexdigest()[:12])
+        agree("the list", hashlib.sha256("".join(map(_mark, items)).encode()).hexdigest()[:12])
         if job.rank == 0:
             _begin(destination)
         gather("begun")
@@ -168,14 +168,14 @@ def prepare(
                 print(f"skipped: {reason}", file=sys.stderr)
             total = len(done(destination))
             if not total:
-                raise UserError(f"{destination}: none of the {len(items)} clips can be used")
+                raise UserError(f"{destination}: none of the {counted(len(items))} can be used")
             encoded = total - len(have)
             write_index(destination, {**settings, "samples": total, "skipped": len(reasons)})
     seconds = time.monotonic() - begun
-    speed = f", {encoded / seconds:.2f} clips/s" if encoded else ""
+    speed = f", {encoded / seconds:.2f} a second" if encoded else ""
     before = f"; {len(have)} were there" if have else ""
     skipped = f"; {len(reasons)} bad files skipped" if reasons else ""
-    return f"{destination}: {encoded} clips encoded in {seconds:.0f} s{speed}{before}{skipped}; {total} in all"
+    return f"{destination}: {counted(encoded)} encoded in {seconds:.0f} s{speed}{before}{skipped}; {total} in all"
 
 
 def _encode(
@@ -227,7 +227,7 @@ def _telling(job: Job, folder: Path, total: int) -> Iterator[None]:
     except BaseException:
         with suppress(RuntimeError):  # a launcher that was killed takes the counters with it
             if job.rank == 0:
-                count = f"{job.count('done', 0)} of {total} clips"
+                count = f"{job.count('done', 0)} of {counted(total)}"
                 print(
                     f"{folder}: stopped at {count}; they are kept, the same command goes on from there", file=sys.stderr
                 )
@@ -278,12 +278,13 @@ def _begin(folder: Path) -> None:
 
 
 def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> None:
-    """Write down what a folder is made with, or check that it is the same.
+    """Write down what a folder is made with, or check that it is the same where it holds anything.
 
     Lines may be added at a list's end, images anywhere in a folder of them.
     """
     path = folder / SETTINGS
-    if path.is_file():
+    begun = path.is_file() and (bool(done(folder)) or (folder / EMPTY_TEXT).exists())
+    if begun:
         try:
             before = read_json(path)
         except UserError as error:
@@ -307,6 +308,11 @@ def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> 
         of = {"listed": "".join(map(_mark, items))}
     write_json(folder / _DRAFT, {**settings, **of})
     publish(folder / _DRAFT, path)
+
+
+def counted(number: int) -> str:
+    """Return how many samples there are, in words."""
+    return f"{number} sample{'' if number == 1 else 's'}"
 
 
 def _of_folder(items: Sequence[Item]) -> bool:
@@ -338,9 +344,8 @@ def _check_list(folder: Path, before: Mapping[str, Any], items: Sequence[Item]) 
         if marks[number * _MARK : (number + 1) * _MARK] != _mark(item):
             raise UserError(f"{folder}: was prepared from another list ({item.where} differs); {change}")
     if len(marks) > len(items) * _MARK:
-        raise UserError(
-            f"{folder}: was prepared from another list (it had {len(marks) // _MARK} clips, now {len(items)}); {change}"
-        )
+        had = counted(len(marks) // _MARK)
+        raise UserError(f"{folder}: was prepared from another list (it had {had}, now {len(items)}); {change}")
 
 
 def _mark(item: Item) -> str:
@@ -415,4 +420,4 @@ class _progress:
             self.said = now
             rate = count / (now - self.begun)
             left = datetime.timedelta(seconds=round((self.total - count) / rate))
-            print(f"{self.folder}: {count} of {self.total} clips, {rate:.2f} clips/s, {left} left", file=sys.stderr)
+            print(f"{self.folder}: {count} of {counted(self.total)}, {rate:.2f} a second, {left} left", file=sys.stderr)

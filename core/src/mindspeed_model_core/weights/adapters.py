@@ -24,7 +24,7 @@ from ..files import read_json, write_json
 from ..nn.linear import Linear
 from ..recipe import LoraConfig
 from .folder import new_folder
-from .layout import ADAPTER_CONFIG, DIFFUSERS, PEFT, AdapterFormat, Bound, Layout
+from .layout import ADAPTER_CONFIG, DIFFUSERS, FORMATS, AdapterFormat, Bound, Layout
 from .source import agree, cast, check_folder, on_meta, whole
 from .tensorfile import Reader, Spec, Writer, create_safetensors, open_safetensors, read_metadata
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ..parallel.shard import Shard
     from ..trunk import Trunk
 
-FORMATS = (PEFT, DIFFUSERS)
 _METADATA = "lora_adapter_metadata"
 # The ends of keys: peft's and diffusers', and those of trainers for the original releases.
 _ENDS = (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight"))

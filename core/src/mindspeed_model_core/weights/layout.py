@@ -291,6 +291,7 @@ class AdapterFormat:
 
 PEFT = AdapterFormat("peft", "adapter_model.safetensors", "base_model.model.")
 DIFFUSERS = AdapterFormat("diffusers", "pytorch_lora_weights.safetensors", "transformer.", in_file=True)
+FORMATS = (PEFT, DIFFUSERS)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..checkpoint import is_checkpoint, open_weights
 from ..errors import UserError, nearest
 from ..parallel.placement import Placement, placements
 from ..recipe import Section
-from .layout import Bound, Layout, Part, Row, Source, Table
+from .layout import FORMATS, Bound, Layout, Part, Row, Source, Table
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -85,6 +85,11 @@ def open_source(source: str | Path, model: Model, *, preset: str | None = None, 
             raise UserError(f"{path}: is not a run, so it has no moving average")
         layout = next((x for x in model.layouts if x.detect(path)), None)
         if layout is None:
+            if any(form.detect(path) for form in FORMATS):
+                raise UserError(
+                    f"{path}: holds adapters alone; merge them into their base with: convert BASE DST --layout NAME "
+                    f"--merge-lora {path}"
+                )
             known = ", ".join(f"{x.name} ({x.describe})" if x.describe else x.name for x in model.layouts)
             held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
             raise UserError(

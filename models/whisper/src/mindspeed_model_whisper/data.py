@@ -18,7 +18,7 @@ from mindspeed_model_core.data.clips import BadFiles, content, naming, open_read
 from mindspeed_model_core.data.media import column, read_rows
 from mindspeed_model_core.data.ranks import spread
 from mindspeed_model_core.data.tokenizer import encode, find_tokenizer, fingerprint
-from mindspeed_model_core.errors import UserError, nearest
+from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.recipe import Recipe, Section, local
 from mindspeed_model_core.trunk import Batch
 from mindspeed_model_core.weights import check_folder
@@ -144,14 +144,19 @@ class Prompts:
         if self.config.multilingual:
             name = f"<|{language}|>"
             if name not in self.languages:
-                codes = [known[2:-2] for known in self.languages]
-                raise UserError(
-                    f"language {language!r}: the tokenizer knows no such language{nearest(language, codes)}"
-                )
+                raise UserError(f"language {language!r}: the tokenizer knows no such language{self._hint(language)}")
             start += [self.languages[name], self.token(f"<|{task}|>")]
         elif (language, task) != ("en", "transcribe"):
             raise UserError(f"language {language!r}, task {task!r}: this model transcribes English alone")
         return start if timestamps else [*start, self.first_time - 1]
+
+    def _hint(self, language: str) -> str:
+        """Return the code that a language's name or another spelling of it means, or all codes."""
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+        codes = [known[2:-2] for known in self.languages]
+        meant = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+        return f"; did you mean {meant!r}?" if meant in codes else f"; known are {', '.join(codes)}"
 
     def text(self, text: str) -> list[int]:
         """Return a text's tokens."""
@@ -242,6 +247,10 @@ class Speech:
 
     def __init__(self, path: Path, data: WhisperData, prompts: Prompts, step: int = 1) -> None:
         self.data, self.prompts, self.config, self.step = data, prompts, prompts.config, step
+        try:
+            prompts.before(data.language, data.task, data.timestamps)
+        except UserError as error:
+            raise UserError(f"data.language={data.language}: {error}") from None
         lines = read_lines(path, data.language)
         self.bad = BadFiles(data.on_bad)
         self.lines: list[Line] = []

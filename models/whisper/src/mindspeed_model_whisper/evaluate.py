@@ -267,6 +267,8 @@ def evaluate_command(
     lines = read_lines(listed, language)
     if out is not None:
         check_options(out, (".jsonl",), overwrite, dtype)
+        if out.exists() and out.samefile(listed):
+            raise UserError(f"--out={out}: is the list itself; choose another name")
     transcriber = open_transcriber(source, tokenizer, device, dtype, ema=ema)
     bad = BadFiles(on_bad, "--on-bad skip")
     usable, lengths = _usable(transcriber, lines, task, bad)
