@@ -38,6 +38,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any], path: Path, whose: str) -> None:
+    """Raise UserError if a configuration has a setting other than the one all of a model's sizes share."""
+    for key, value in fixed.items():
+        if raw.get(key, value) != value:
+            got, want = (text if len(text) <= 48 else f"{text[:45]}..." for text in (repr(raw[key]), repr(value)))
+            raise UserError(f"{path}: {key}={got} is not supported, {whose} has {key}={want}")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions that any new file has; the library's own are for its user alone."""
     from safetensors.torch import save_file

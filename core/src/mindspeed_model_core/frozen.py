@@ -14,8 +14,7 @@ from torch import Tensor
 
 from . import device as devices
 from .errors import UserError
-from .files import read_json
-from .weights.pipelines import check_fixed
+from .files import check_fixed, read_json
 
 _SAMPLE = 64 * 2**10
 

@@ -273,9 +273,9 @@ class Recipe(Section):
     @field_validator("compile", mode="before")
     @classmethod
     def _graphs(cls, value: Any) -> Any:
-        if not isinstance(value, bool) and value != "whole":
+        if value != "whole" and value not in (True, False):
             raise ValueError("must be true, false or whole")
-        return value
+        return value if value == "whole" else bool(value)
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

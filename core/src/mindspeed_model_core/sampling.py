@@ -67,10 +67,15 @@ class Denoiser(nn.Module):
 
 def places(source: Path) -> list[Path]:
     """Return the folders that may hold what goes with weights: theirs and the one above, or those of a run's recipe."""
-    if not checkpoint.is_checkpoint(source):
+    recipe = recipe_of(source)
+    if recipe is None:
         return [source, source.absolute().parent]
-    recipe = checkpoint.read_info(checkpoint.locate(source))["recipe"]
     return [Path(p).expanduser() for p in (recipe["data"].get("encoders"), recipe.get("init_from")) if p]
+
+
+def recipe_of(source: Path) -> dict[str, Any] | None:
+    """Return the recipe of a run's folder or checkpoint; None for weights of another kind."""
+    return checkpoint.read_info(checkpoint.locate(source))["recipe"] if checkpoint.is_checkpoint(source) else None
 
 
 def find_encoders(source: Path, given: Path | None, needed: Sequence[str]) -> Path:

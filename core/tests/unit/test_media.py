@@ -188,7 +188,7 @@ def test_deep_images_are_scaled_and_those_without_white_refused(tmp_path: Path) 
                 look(tmp_path / "other.tif")
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("error")
 def test_damaged_exif_does_not_damage_the_image(tmp_path: Path) -> None:
     """Cut anywhere, or with a byte changed, it tells the orientation or nothing."""
     red = Image.new("RGB", (8, 4), "red")

@@ -520,16 +520,33 @@ def test_a_folder_of_images_grows_anywhere(tmp_path: Path) -> None:
     assert [key.rpartition("-")[0] for key in FeatureSet(folder).keys] == ["a", "b", "b", "c", "d_1", "d_1"]
 
     (photos / "b.txt").write_text("a bird")
-    with pytest.raises(UserError, match="features: holds b.jpg, which has another caption now; put that back, or name"):
+    changed = "features: holds b.jpg, which is another now, or has another caption; put that back, or name"
+    with pytest.raises(UserError, match=changed):
         run(photos, folder, data)
     (photos / "b.txt").write_text("a cat")
+    was = (photos / "b.jpg").read_bytes()
+    Image.new("RGB", (96, 80), "red").save(photos / "b.jpg", format="PNG")
+    with pytest.raises(UserError, match=changed):
+        run(photos, folder, data)
+    (photos / "b.jpg").write_bytes(was)
     (photos / "d 1.png").unlink()
     with pytest.raises(UserError, match="features: holds d 1.png, which is no longer there"):
         run(photos, folder, data)
     listed = tmp_path / "list.jsonl"
     listed.write_text('{"image": "photos/a.png", "text": "a dog"}')
-    with pytest.raises(UserError, match="was prepared from a folder of images, now it is a list; name a new folder"):
+    with pytest.raises(UserError, match="was prepared from a folder of images, now it is lines of a list; name"):
         run(listed, folder)
     run(listed, tmp_path / "of-list")
-    with pytest.raises(UserError, match="was prepared from a list, now it is a folder of images; name a new folder"):
+    with pytest.raises(UserError, match="was prepared from lines of a list, now it is a folder of images; name"):
         run(photos, tmp_path / "of-list", data)
+
+
+def test_a_folder_without_a_sample_takes_other_settings(clips: Path, tmp_path: Path) -> None:
+    listed, folder = tmp_path / "list.jsonl", tmp_path / "features"
+    listed.write_text('{"video": "gone.mp4", "caption": "x"}\n')
+    with pytest.raises(UserError, match="no such file"):
+        run(listed, folder)
+    other = DATA.model_copy(update={"height": 2 * DATA.height, "width": 2 * DATA.width})
+    assert "40 samples encoded" in run(clips, folder, other)
+    with pytest.raises(UserError, match="features: was prepared with sizes"):
+        run(clips, folder)

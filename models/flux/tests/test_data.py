@@ -90,7 +90,9 @@ def test_samples_are_what_the_encoders_give(photos: Path, encoders: Path, tmp_pa
     with pytest.raises(UserError, match="was prepared with pairs True, now it is False"):
         prepare(photos, tmp_path / "made", encoders, FluxData(**SHAPE))
     with pytest.raises(UserError, match="text_tokens=8: .* was prepared with text_tokens 16, not 8"):
-        open_data(recipe(tmp_path / "made", text_tokens=8), TINY, 0, 1)
+        open_data(recipe(tmp_path / "made", text_tokens=8), TINY.model_copy(update={"kontext": True}), 0, 1)
+    with pytest.raises(UserError, match="made: was prepared with --pairs, and this network takes no reference"):
+        open_data(recipe(tmp_path / "made"), TINY, 0, 1)
 
 
 def _pixels(path: Path) -> Any:

@@ -26,6 +26,7 @@ from mindspeed_model_flux.encoders import Encoders
 from mindspeed_model_flux.generate import Sampling, generate_command, make_scheduler, sample, settle
 from mindspeed_model_flux.task import FluxRecipe
 from mindspeed_model_flux.tiny import write_tiny_encoders
+from mindspeed_model_flux.weights import is_bare
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -126,7 +127,7 @@ def test_a_run_is_sampled_as_what_is_exported_of_it(tmp_path: Path) -> None:
     what = Sampling("a photo", **SIZE)
     want = theirs(tmp_path / "exported", what)
     words = ["generate", str(tmp_path / "run"), "--prompt", "a photo", "--out", str(tmp_path / "made.png")]
-    sizes = ["--height", "32", "--width", "48", "--steps", "3", "--seed", "4", "--text-tokens", "24"]
+    sizes = ["--height", "32", "--width", "48", "--steps", "3", "--seed", "4"]  # as many tokens of text as in training
     # The text is encoded in the type of the network.
     done = CliRunner().invoke(app(MODEL), [*words, *sizes, "--dtype", "fp32"])
     assert done.exit_code == 0 and "made.png: 48x32" in done.output, done.output
@@ -162,11 +163,15 @@ def test_schnell_is_sampled_as_diffusers_does(tmp_path: Path) -> None:
         generate_command(tmp_path / "hub", prompt="x", out=tmp_path / "a.png", guidance=3.5)
 
 
-def test_a_transformer_alone_is_kontext_s_with_a_reference(hub: tuple[Path, Sampling], tmp_path: Path) -> None:
+def test_a_transformer_alone_is_kontext_s_with_a_reference(
+    hub: tuple[Path, Sampling], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its tensors tell nothing; a pipeline around it says what it is."""
     folder, what = hub
     bare = tmp_path / "transformer"
     shutil.copytree(folder / "transformer", bare)
+    monkeypatch.chdir(folder / "transformer")
+    assert is_bare(bare) and not is_bare(Path("."))
     photo = tmp_path / "photo.png"
     Image.fromarray(skimage.data.astronaut()[40:72, 200:248]).save(photo)
     for image in (None, photo):

@@ -226,6 +226,7 @@ def test_resumes_bit_for_bit(hub: Path, run: Path, tmp_path: Path) -> None:
         ("kind", r"peft_type='LOHA' is not supported, only 'LORA'"),
         ("empty", r"no adapter here; it would hold adapter_model.safetensors or pytorch_lora_weights"),
         ("targets", r"adapts blocks.0.attention.qkv, which lora.targets leaves out"),
+        ("head", r"model.lm_head.lora_A.weight: adapts head, which runs do not; merge them instead: convert --merge"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(
@@ -241,6 +242,10 @@ def test_adapters_that_do_not_fit_are_refused(
         del tensors[f"{first}B.weight"]
     elif change == "module":
         del tensors[f"{first}A.weight"], tensors[f"{first}B.weight"]
+    elif change == "head":
+        rows, columns = load_file(hub / "model.safetensors")["lm_head.weight"].shape
+        stem = "base_model.model.lm_head.lora_"
+        tensors |= {f"{stem}A.weight": torch.zeros(4, columns), f"{stem}B.weight": torch.zeros(rows, 4)}
     elif change == "shape":
         tensors[f"{first}B.weight"] = torch.zeros(3, 4)
     elif change == "rank":

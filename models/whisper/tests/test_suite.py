@@ -32,7 +32,7 @@ class TestSuite(ModelSuite):
         for name, value in LAYOUTS.items()
         if name not in ("tp4", "tp2-sequence-chunks", "tp2-pp2-dp2-zero1")
     }
-    compiled = {"one-recomputed": COMPILED["one-recomputed"]}
+    compiled = {name: COMPILED[name] for name in ("one-recomputed", "one-whole")}
     # transformers' numbers less the sinusoids, 1500 x d_model, which it has among its parameters.
     parameter_counts = {
         "tiny": 37_760_640 - 1500 * 384,

@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -463,6 +464,8 @@ def _image(path: Path) -> Iterator[Any]:
     from PIL import Image
 
     check_file(path)
+    # Of damaged EXIF data, of which no more is read than how an image is turned.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
     try:
         with Image.open(path) as image:
             _check_values(path, image)

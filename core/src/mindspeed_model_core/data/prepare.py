@@ -283,8 +283,9 @@ def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> 
     Lines may be added at a list's end, images anywhere in a folder of them.
     """
     path = folder / SETTINGS
-    begun = path.is_file() and (bool(done(folder)) or (folder / EMPTY_TEXT).exists())
-    if begun:
+    if not done(folder):
+        (folder / EMPTY_TEXT).unlink(missing_ok=True)  # by other settings, it may be
+    elif path.is_file():
         try:
             before = read_json(path)
         except UserError as error:
@@ -296,7 +297,7 @@ def _claim(folder: Path, settings: Mapping[str, Any], items: Sequence[Item]) -> 
                     "repeat the settings it has or name a new folder"
                 )
         if _of_folder(items) != (_IMAGES in before):
-            was, now = ("a list", "a folder of images")[:: 1 if _of_folder(items) else -1]
+            was, now = ("lines of a list", "a folder of images")[:: 1 if _of_folder(items) else -1]
             raise UserError(f"{folder}: was prepared from {was}, now it is {now}; name a new folder")
         if _of_folder(items):
             _check_images(folder, before[_IMAGES], items)
@@ -324,7 +325,7 @@ def _check_images(folder: Path, before: Mapping[str, str], items: Sequence[Item]
     now, encoded = {item.written: _mark(item) for item in items}, done(folder)
     for name, mark in before.items():
         if now.get(name) != mark and _key(Item(0, Path(name), "", name)) in encoded:
-            what = "has another caption now" if name in now else "is no longer there"
+            what = "is another now, or has another caption" if name in now else "is no longer there"
             raise UserError(f"{folder}: holds {name}, which {what}; put that back, or name a new folder")
 
 
@@ -349,10 +350,14 @@ def _check_list(folder: Path, before: Mapping[str, Any], items: Sequence[Item]) 
 
 
 def _mark(item: Item) -> str:
-    """Return hex digits that tell a line from another; its path is as written, so that the list may be moved."""
+    """Return hex digits that tell a line, or an image of a folder as it is, from another.
+
+    Paths are as written, so that the list may be moved.
+    """
     # Seen from the clip: names alone are alike in folders of, say, edges and depths.
     reference = f" {os.path.relpath(item.reference, item.path.parent)}" if item.reference is not None else ""
-    return hashlib.sha256(f"{item.line} {item.written} {item.caption}{reference}".encode()).hexdigest()[:_MARK]
+    size = f" {item.path.stat().st_size}" if not item.line and item.path.exists() else ""
+    return hashlib.sha256(f"{item.line} {item.written} {item.caption}{reference}{size}".encode()).hexdigest()[:_MARK]
 
 
 class _Lock:

@@ -84,6 +84,7 @@ def _assert_same_losses(spread: list[float], alone: list[float]) -> None:
 COMPILED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one-recomputed": (1, {}, {"recompute": "all"}),
     "one-whole": (1, {}, {"compile": "whole"}),
+    "dp2-whole": (2, {}, {"compile": "whole"}),
     "dp2-zero3": (2, {"shard": "zero3"}, {}),
 }
 """World, layout and changes to the job under which networks are compiled."""

@@ -100,7 +100,9 @@ class Adapters:
                     )
         for name in self.pairs:
             linear = net.get_submodule(name)
-            assert isinstance(linear, Linear)
+            if not isinstance(linear, Linear):
+                key = self.called(name, 0)
+                raise UserError(f"{self.path}: {key}: adapts {name}, which runs do not; {merge}")
             if self.sizes[name] != linear.projections:
                 raise UserError(
                     f"{self.path}: has one pair of factors for all that {name} stacks, where a run has a pair for each "

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import check_fixed, read_json, write_json
 from .layout import DIFFUSERS, Layout
 from .tensorfile import Safetensors
 
@@ -33,6 +32,7 @@ class PipelineNetwork:
 
     def config(self, folder: Path) -> Path:
         """Return the path of the configuration, in whichever place it is."""
+        folder = folder.absolute()  # what is around a network is looked for in the folder above
         return folder / _CONFIG if (folder / _CONFIG).is_file() else folder / "config.json"
 
     def detect(self, folder: Path) -> bool:
@@ -64,14 +64,6 @@ class PipelineNetwork:
             adapter=DIFFUSERS,
             **settings,
         )
-
-
-def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any], path: Path, whose: str) -> None:
-    """Raise UserError if a configuration has a setting other than the one all of a model's sizes share."""
-    for key, value in fixed.items():
-        if raw.get(key, value) != value:
-            got, want = (text if len(text) <= 48 else f"{text[:45]}..." for text in (repr(raw[key]), repr(value)))
-            raise UserError(f"{path}: {key}={got} is not supported, {whose} has {key}={want}")
 
 
 def complete_pipeline(

@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import check_fixed, read_json, write_json
 from ..recipe import Section, validate
 from .layout import Bound, Files, Layout, Source, Table
-from .pipelines import check_fixed
 from .pth import TorchFile
 from .source import Opened, check, read, whole
 from .tensorfile import Spec

@@ -63,8 +63,13 @@ def open_data(recipe: Recipe, config: FluxConfig, rank: int, ranks: int) -> Slot
     kind, path = data.source()
     reader: Reader
     if kind == "prepared":
-        check = partial(_check_shapes, config)
-        reader = PreparedFeatures(open_prepared(path), data, collate, names=names(config), check=check)
+        check, features = partial(_check_shapes, config), open_prepared(path)
+        if features.meta.get("pairs") and not config.kontext:
+            raise UserError(
+                f"{path}: was prepared with --pairs, and this network takes no reference; set preset=kontext or "
+                "config.kontext=true"
+            )
+        reader = PreparedFeatures(features, data, collate, names=names(config), check=check)
     elif kind == "raw":
         reader = Clips(path, data, references=config.kontext)
     else:

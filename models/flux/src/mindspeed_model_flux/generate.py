@@ -28,6 +28,7 @@ from mindspeed_model_core.sampling import (
     load_network,
     open_devices,
     pick_dtype,
+    recipe_of,
 )
 from torch import Tensor
 
@@ -208,7 +209,7 @@ def generate_command(
     text_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, max=512, help=r"Tokens of T5, as in training.  \[default: 512, for schnell 256]"
+            metavar="N", min=1, max=512, help=r"Tokens of T5.  \[default: a run's own; else 512, for schnell 256]"
         ),
     ] = None,
     seed: Seed = 0,
@@ -230,6 +231,9 @@ def generate_command(
     if guidance is not None:
         check_range("--guidance", guidance, 0, 100)
     where = find_encoders(weights.check_folder(source), encoders, NEEDED)
+    recipe = recipe_of(source)
+    if text_tokens is None and recipe is not None:
+        text_tokens = recipe["data"].get("text_tokens")
     what = Sampling(prompt, image, height, width, steps, guidance, text_tokens, seed)
     # Before devices are taken and weights read: a mistake in what is given costs nothing.
     config = weights.read_config(source, MODEL, ema=ema)

@@ -12,6 +12,7 @@ import typer
 from mindspeed_model_core import launch, weights
 from mindspeed_model_core.data.media import read_frames, write_video
 from mindspeed_model_core.errors import UserError
+from mindspeed_model_core.files import check_fixed
 from mindspeed_model_core.frozen import quiet
 from mindspeed_model_core.sampling import (
     Cp,
@@ -32,7 +33,6 @@ from mindspeed_model_core.sampling import (
     open_devices,
     pick_dtype,
 )
-from mindspeed_model_core.weights.pipelines import check_fixed
 from torch import Tensor
 
 from .config import Wan21Config
