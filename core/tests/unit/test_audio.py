@@ -137,11 +137,21 @@ def test_a_file_copied_in_part_is_refused_or_heard_to_its_end(tmp_path: Path) ->
     assert len(read_audio(tmp_path / "a.wav", RATE, damaged=told.append)) == 8000 and told == [0.5]
 
 
-def test_what_follows_the_samples_is_no_sound(tmp_path: Path) -> None:
+NOTE = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf58.29.100\0"
+
+
+@pytest.mark.parametrize("after", [NOTE, NOTE[:12], b"TAG".ljust(128, b" ")], ids=["chunk", "cut chunk", "id3"])
+def test_what_follows_the_samples_is_no_sound(tmp_path: Path, after: bytes) -> None:
     payload = (sine(1.0) * 32767).astype("<i2").tobytes()
-    note = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf58.29.100\0"
-    (tmp_path / "a.wav").write_bytes(head(payload, len(payload)) + note)
+    (tmp_path / "a.wav").write_bytes(head(payload, len(payload)) + after)
     assert len(read_audio(tmp_path / "a.wav", RATE)) == RATE
+
+
+def test_an_odd_number_of_bytes_may_have_no_byte_behind_it(tmp_path: Path) -> None:
+    payload = (sine(1.0) * 127 + 128).astype("u1").tobytes()[:-1]
+    for name, between in (("with.wav", b"\0"), ("without.wav", b"")):
+        (tmp_path / name).write_bytes(head(payload, len(payload), bits=8) + between + NOTE)
+        assert len(read_audio(tmp_path / name, RATE)) == RATE - 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -15,6 +15,8 @@ from ..errors import UserError
 from .media import check_file
 
 _EMPTY = "holds no sample of sound; it is empty or truncated, leave it out"
+_TRAILERS = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"cue ", b"smpl", b"inst", b"iXML", b"axml", b"_PMX", b"JUNK", b"PAD ")
+"""What follows the samples of a wav, complete or not."""
 _UNKNOWN = 0x7FFF0000
 """Bytes from which a wav's header means that its writer, of a stream, did not know the length."""
 
@@ -126,11 +128,13 @@ def _said(error: Exception) -> str:
 def _understates(path: Path) -> bool:
     """Return whether a wav's header ends its samples before the file does, as a writer leaves it that was stopped.
 
-    What follows the samples is then no chunk: four letters and a size that the file has room for.
+    What follows the samples is then no chunk: four letters and a size that the file has room for, nor the start of one
+    that is known, nor a tag.
     """
     size, after = path.stat().st_size, False
     for name, start, length in _chunks(path):
-        if after and not (name.isascii() and name.decode().isprintable() and start + length <= size):
+        whole = name.isascii() and name.decode().isprintable() and start + length <= size
+        if after and not (whole or name in _TRAILERS or name[:3] == b"TAG"):
             return True
         after = after or name == b"data"
     return False
@@ -151,4 +155,6 @@ def _chunks(path: Path) -> Iterator[tuple[bytes, int, int]]:
         while head[:4] == b"RIFF" and head[8:] == b"WAVE" and len(chunk := file.read(8)) == 8:
             start, length = file.tell(), int.from_bytes(chunk[4:], "little")
             yield chunk[:4], start, length
-            file.seek(start + length + length % 2)
+            file.seek(start + length)
+            if length % 2 and file.read(1) != b"\0":  # some leave out the byte that makes the length even
+                file.seek(start + length)
