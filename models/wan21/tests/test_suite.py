@@ -119,7 +119,7 @@ class TestTextToVideo(Wan21Suite):
         assert_equivalent(job, *CONTEXT[spread], FP64)
 
     def compiled_batches(self, step: int) -> list[Batch]:
-        return [self.batch(self.config(), 8 * step + i, (ODD, EVEN)[step]) for i in range(8)]
+        return [self.batch(self.config(), 8 * step + i, (ODD, EVEN)[step]) for i in range(2)]
 
     @pytest.mark.dist
     @pytest.mark.parametrize("shard", ["none", "zero2"])

@@ -142,8 +142,8 @@ class ModelSuite(ABC):
         return type(tiny).model_validate({**tiny.model_dump(), **changes})
 
     def compiled_batches(self, step: int) -> list[Batch]:
-        """Return a step's batches to run compiled blocks on: of sizes and kinds that change."""
-        return [self.batch(self.config(), 8 * step + i) for i in range(8)]
+        """Return a step's batches to run compiled networks on: of sizes and kinds that change."""
+        return [self.batch(self.config(), 8 * step + i) for i in range(4)]
 
     def job(self, **changes: Any) -> Job:
         """Return four steps of eight micro-batches of the preset."""
