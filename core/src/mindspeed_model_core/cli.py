@@ -342,7 +342,11 @@ def app(model: Model) -> typer.Typer:
         typer.echo(f"{destination}: written in layout {layout}")
         chosen = find_layout(model, layout)
         if set(FILES) & set(chosen.extras) and chosen.detect(destination) and not has_tokenizer(destination):
-            typer.echo(f"{destination}: has no tokenizer, none was found with {source}; copy its files there", err=True)
+            typer.echo(
+                f"{destination}: has no tokenizer, none was found with {extras_from or source}; "
+                "the same command with --extras-from DIR --overwrite adds the one in DIR",
+                err=True,
+            )
         # Of the files that go along, one tells that what goes with the network was found; without, all folders must be.
         names = chosen.extras or chosen.parts
         missing = [name for name in names if not (destination / name).exists()]

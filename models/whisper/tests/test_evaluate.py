@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import json
+import os
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,16 @@ from mindspeed_model_core.data.audio import read_audio
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_whisper import evaluate
 from mindspeed_model_whisper.data import RATE, Line
-from mindspeed_model_whisper.evaluate import distance, error_rate, evaluate_command, hear, normalizing, report
-from mindspeed_model_whisper.generate import open_transcriber
+from mindspeed_model_whisper.evaluate import (
+    Draft,
+    distance,
+    error_rate,
+    evaluate_command,
+    hear,
+    normalizing,
+    report,
+)
+from mindspeed_model_whisper.generate import Transcriber, Transcript, open_transcriber
 
 from .speech import sweep, write_wav
 
@@ -128,7 +141,7 @@ def test_sounds_heard_at_once_are_those_heard_alone(folder: Path, tmp_path: Path
     for number, (length, code) in enumerate([(0.5, "en"), (0.7, "de"), (0.9, "en"), (1.6, "en"), (0.4, "en")]):
         path = write_wav(tmp_path / f"{number}.wav", sweep(length).numpy()[::-1] * (1 - number / 9))
         lines.append(Line(path, f"list.jsonl:{number + 1}", code, ""))
-    found = dict(each for group in hear(transcriber, lines, beams=beams, batch=2) for each in group)
+    found = dict(each for group in hear(transcriber, lines, [1.6] * 5, beams=beams, batch=2) for each in group)
     short = [0, 1, 2, 4]
     alone = [transcriber(read_audio(lines[n].path, RATE), language=lines[n].language, beams=beams).text for n in short]
     assert [found[n] for n in short] == alone and len(set(alone)) > 1 and found[3]
@@ -193,6 +206,125 @@ def test_an_evaluation_that_is_stopped_goes_on(
     assert "0.wav" not in asked and "2.wav" in asked
     assert out.read_bytes() == whole.read_bytes() and not (tmp_path / "out.jsonl.part").exists()
     assert "3 sounds: WER" in capsys.readouterr().out
+
+
+def stop(folder: Path, listed: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Evaluate until the last of three sounds is read."""
+
+    def until(path: Path, rate: int) -> Any:
+        if path.name == "2.wav":
+            raise KeyboardInterrupt
+        return read_audio(path, rate)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "read_audio", until)
+        run(folder, listed, out=out, **options)
+
+
+def heard_of(out: Path) -> list[str]:
+    return [json.loads(line)["heard"] for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+def test_texts_of_two_networks_are_not_mixed(
+    folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the second has the first one's path."""
+    listed, out, source = write_list(tmp_path), tmp_path / "out.jsonl", tmp_path / "source"
+    shutil.copytree(folder, source)
+    stop(source, listed, out, monkeypatch)
+    before = (tmp_path / "out.jsonl.part").read_bytes()
+    at = (source / name).stat().st_mtime_ns
+    os.utime(source / name, ns=(at, at + 1))
+    with pytest.raises(UserError, match=r"out\.jsonl\.part: was begun with files of SRC [0-9a-f]{12}, now it is "):
+        run(source, listed, out=out)
+    assert (tmp_path / "out.jsonl.part").read_bytes() == before
+    os.utime(source / name, ns=(at, at))
+    run(source, listed, out=out)
+    assert len(heard_of(out)) == 3
+
+
+def test_a_sound_that_was_replaced_is_heard_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, out, whole = write_list(tmp_path), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    stop(folder, listed, out, monkeypatch)
+    before = [json.loads(line) for line in (tmp_path / "out.jsonl.part").read_text().splitlines()[1:]]
+    write_wav(tmp_path / "0.wav", sweep(0.9).numpy()[::-1] / 2)
+    run(folder, listed, out=out)
+    run(folder, listed, out=whole)
+    assert heard_of(out) == heard_of(whole) and heard_of(out)[0] != before[0]["heard"]
+
+
+def test_one_evaluation_at_a_time_writes_an_output(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    first = Draft(out, {"a": 1}, 1)
+    with pytest.raises(
+        UserError, match=r"out\.jsonl\.part: another evaluate writes to it; wait, or choose another --out"
+    ):
+        Draft(out, {"a": 1}, 1)
+    first.__exit__(None)
+    Draft(out, {"a": 1}, 1).__exit__(None)
+
+
+def test_an_evaluation_that_ended_meanwhile_takes_its_file_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that opened the file before that would write to nothing."""
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr(fcntl, "flock", lambda *_: out.with_name("out.jsonl.part").unlink())
+    with pytest.raises(UserError, match="another evaluate writes to it"):
+        Draft(out, {}, 1)
+
+
+def test_a_place_without_locks_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Draft(tmp_path / "out.jsonl", {}, 1) as draft:
+        draft.finish([])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("[1]\n", 1),
+        ("7\n", 1),
+        ("{\n", 1),
+        ("{}\n[1]\n", 2),
+        ('{}\n{"audio": "a"}\n', 2),
+        ('{}\n{"audio": "a", "text": "b", "language": "en", "size": 1, "heard": null}\n', 2),
+    ],
+)
+def test_a_file_of_something_else_is_damaged(tmp_path: Path, text: str, where: int) -> None:
+    (tmp_path / "out.jsonl.part").write_text(text)
+    with pytest.raises(UserError, match=rf"out\.jsonl\.part:{where}: is damaged; remove the file to begin anew"):
+        Draft(tmp_path / "out.jsonl", {}, 1)
+    assert (tmp_path / "out.jsonl.part").read_text() == text
+
+
+@pytest.mark.parametrize(("longest", "most"), [(0.4, 8), (1.2, 2)])
+def test_few_sounds_are_read_ahead_if_some_are_long(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float, most: int
+) -> None:
+    """Whole talks take gigabytes."""
+    transcriber, taken, held = open_transcriber(folder, None, "cpu", "fp32"), [], []
+
+    class Taken(list[Line]):
+        def __iter__(self) -> Iterator[Line]:
+            for line in super().__iter__():
+                taken.append(line)
+                yield line
+
+    def several(self: Any, sounds: Any, **_: Any) -> list[Transcript]:
+        held.append(len(taken) - len(held) - 1)
+        return [Transcript("")]
+
+    monkeypatch.setattr(Transcriber, "several", several)
+    path = write_wav(tmp_path / "a.wav", sweep(1.2).numpy())
+    lines = Taken(Line(path, f"list.jsonl:{number}", "en", "") for number in range(20))
+    assert sum(map(len, hear(transcriber, lines, [0.4] * 19 + [longest]))) == 20
+    assert max(held) == most
 
 
 @pytest.mark.parametrize("late", [False, True])

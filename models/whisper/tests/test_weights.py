@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mindspeed_model_core import weights
+from mindspeed_model_core.cli import app
 from mindspeed_model_core.data import load_tokenizer
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.files import save_tensors
@@ -18,6 +19,7 @@ from mindspeed_model_whisper import MODEL
 from mindspeed_model_whisper.data import Prompts
 from mindspeed_model_whisper.model import sinusoids
 from mindspeed_model_whisper.tiny import write_tiny_tokenizer
+from typer.testing import CliRunner
 
 from .test_suite import TestSuite as Suite
 
@@ -167,9 +169,53 @@ def test_what_generation_and_features_need_is_written(tmp_path: Path) -> None:
     assert said["task_to_id"] == {"transcribe": 262, "translate": 261} and said["no_timestamps_token_id"] == 266
     features = json.loads((folder / "preprocessor_config.json").read_text())
     assert (features["feature_size"], features["chunk_length"], features["nb_max_frames"]) == (8, 1, 100)
-    (folder / "generation_config.json").write_text('{"num_beams": 7}')
+    (folder / "generation_config.json").write_text(json.dumps({**said, "num_beams": 7}))  # in one line, not as ours
     weights.convert(folder, tmp_path / "again", MODEL, "hub")
-    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == {"num_beams": 7}
+    same = [(each / "generation_config.json").read_bytes() for each in (folder, tmp_path / "again")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "told", [{"language": "de"}, {"task": "translate"}, {"language": "zh", "return_timestamps": True}]
+)
+def test_an_old_file_of_settings_is_completed_for_transformers(tmp_path: Path, told: dict[str, Any]) -> None:
+    from transformers import WhisperForConditionalGeneration
+
+    folder = save(tmp_path / "hub", extras_from=write_tiny_tokenizer(tmp_path / "words"))
+    full = json.loads((folder / "generation_config.json").read_text())
+    old = {"eos_token_id": 256, "max_length": 20, "forced_decoder_ids": [[1, 259], [2, 262]], "num_beams": 2}
+    (folder / "generation_config.json").write_text(json.dumps(old))
+    weights.convert(folder, tmp_path / "new", MODEL, "hub")
+    net = WhisperForConditionalGeneration.from_pretrained(tmp_path / "new")
+    assert net.generate(torch.zeros(1, 8, 100), **told).shape[0] == 1
+    said = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert said == {**full, "max_length": 20, "num_beams": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"eos_token_id": 2}', "eos_token_id=2: is 256 by the weights and their tokenizer"), ("{", "not valid JSON")],
+)
+def test_settings_that_cannot_be_completed_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    folder = save(tmp_path / "hub", extras_from=write_tiny_tokenizer(tmp_path / "words"))
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"^generation_config\.json: {message}"):
+        weights.convert(folder, tmp_path / "new", MODEL, "hub")
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_says_how_a_release_gets_a_tokenizer(tmp_path: Path) -> None:
+    """With it come the settings that follow from it, which copying its files would not write."""
+    save(tmp_path / "release", ORIGINAL)
+    command = ["convert", str(tmp_path / "release"), str(tmp_path / "hub"), "--layout", "hub"]
+    done = CliRunner().invoke(app(MODEL), command)
+    assert done.exit_code == 0 and not (tmp_path / "hub" / "generation_config.json").exists()
+    assert "the same command with --extras-from DIR --overwrite adds the one in DIR" in done.output
+    words = write_tiny_tokenizer(tmp_path / "words")
+    done = CliRunner().invoke(app(MODEL), [*command, "--extras-from", str(words), "--overwrite"])
+    assert done.exit_code == 0 and "--extras-from" not in done.output
+    assert (tmp_path / "hub" / "generation_config.json").exists()
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import sys
 import unicodedata
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,10 +40,13 @@ from .generate import (
     hearing,
     open_transcriber,
 )
+from .weights import GENERATION, LAYOUTS
 
 Heard = tuple[int, str]
 Normalizer = Literal["english", "basic", "none"]
 
+_HEARD_WITH = (*(pattern for layout in LAYOUTS for pattern in layout.files.patterns), GENERATION)
+"""The files of a folder that a text depends on, beside the tokenizer's."""
 _VOWELS = tuple(
     "BENGALI DEVANAGARI GUJARATI GURMUKHI KANNADA KHMER LAO MALAYALAM MYANMAR ORIYA SINHALA TAMIL TELUGU THAI TIBETAN "
     "JAVANESE BALINESE SUNDANESE THAANA".split()
@@ -109,6 +114,7 @@ def _stays(character: str) -> bool:
 def hear(
     transcriber: Transcriber,
     lines: Sequence[Line],
+    lengths: Sequence[float],
     *,
     task: str = "transcribe",
     beams: int = 1,
@@ -119,7 +125,8 @@ def hear(
     """Yield the numbers of lines with what is heard of them, ``batch`` sounds of one language at once.
 
     Sounds longer than the network hears come alone. A sound that cannot be read goes to ``bad``. ``advance`` is told
-    the seconds of sound that were dealt with.
+    the seconds of sound that were dealt with; ``lengths`` are those of the lines, by which few are read ahead if some
+    are long.
     """
     most = transcriber.net.config.frames * HOP
     groups: dict[str, list[tuple[int, Tensor]]] = {}
@@ -139,7 +146,9 @@ def hear(
             found = transcriber.several(sounds, language=first.language, task=task, beams=beams, advance=advance)
         return [(number, each.text) for number, each in zip(numbers, found, strict=True)]
 
-    for number, audio in enumerate(ahead(lines, read, batch)):
+    # A sound of an hour is 230 MB.
+    count = min(batch, 2) if max(lengths, default=0.0) * RATE > most else batch
+    for number, audio in enumerate(ahead(lines, read, count)):
         if isinstance(audio, UserError):
             bad.found_late(audio)
             continue
@@ -157,26 +166,62 @@ def hear(
 class Draft:
     """What an evaluation heard so far, in ``FILE.part``, a line at a time: the same command goes on from there.
 
-    Its first line says what the texts were heard with. UserError for one of other settings.
+    Its first line says what the texts were heard with. UserError for one of other settings, and while another process
+    writes to it. When it is left early, it says how many of ``total`` sounds are kept.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        self.out, self.path = out, out.with_name(f"{out.name}.part")
-        self.held: dict[tuple[str, ...], str] = {}
+    def __init__(self, out: Path, settings: Mapping[str, Any], total: int) -> None:
+        self.out, self.path, self.total = out, out.with_name(f"{out.name}.part"), total
+        self.held: dict[tuple[str | int, ...], str] = {}
+        self.sizes: dict[Path, int] = {}
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
-            self._append(settings)
-            return
-        whole = self.path.read_bytes()
+        self.file = self.path.open("a+b")
+        try:
+            self._lock()
+            self._read(settings)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.file.close()
+        if kind is not None:
+            print(
+                f"{self.out}: stopped at {len(self.held)} of {self.total} sounds; they are kept in {self.path}, the "
+                "same command goes on from there",
+                file=sys.stderr,
+            )
+
+    def _lock(self) -> None:
+        """Keep other processes out while this one lives; without effect where files have no locks."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that ended between the two calls has taken its file away.
+            free = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        except OSError:  # a network file system may have none
+            free = True
+        if not free:
+            raise UserError(f"{self.path}: another evaluate writes to it; wait, or choose another --out")
+
+    def _read(self, settings: Mapping[str, Any]) -> None:
+        self.file.seek(0)
+        whole = self.file.read()
         whole = whole[: whole.rfind(b"\n") + 1]  # a process that is killed may leave a part of a line
-        os.truncate(self.path, len(whole))
+        self.file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("heard", ""), str):
+                    raise TypeError(row)
                 if number == 1:
                     self._check(row, settings)
                 else:
-                    self.held[row["audio"], row["text"], row["language"]] = row["heard"]
+                    self.held[row["audio"], row["text"], row["language"], row["size"]] = row["heard"]
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -193,17 +238,22 @@ class Draft:
                 )
 
     def find(self, line: Line) -> str | None:
-        """Return what was heard of a line, if it was."""
-        return self.held.get(_key(line))
+        """Return what was heard of a line, if it was and its sound has the size that it had."""
+        return self.held.get(self._key(line))
 
     def add(self, line: Line, heard: str) -> None:
         """Keep what was heard of a line."""
-        self.held[_key(line)] = heard
-        self._append({**_row(line, heard), "language": line.language})
+        self.held[self._key(line)] = heard
+        self._append({**_row(line, heard), "language": line.language, "size": self.sizes[line.path]})
+
+    def _key(self, line: Line) -> tuple[str | int, ...]:
+        if line.path not in self.sizes:
+            self.sizes[line.path] = line.path.stat().st_size
+        return str(line.path), line.text, line.language, self.sizes[line.path]
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self.file.flush()
 
     def finish(self, rows: Sequence[tuple[Line, str]]) -> None:
         """Write the output in the order of the list, whole."""
@@ -212,23 +262,6 @@ class Draft:
         draft.write_text(text, encoding="utf-8")
         publish(draft, self.out)
         self.path.unlink()
-
-    @contextmanager
-    def kept(self, total: int) -> Iterator[None]:
-        """Say of an evaluation that ends early that what it heard is kept."""
-        try:
-            yield
-        except BaseException:
-            print(
-                f"{self.out}: stopped at {len(self.held)} of {total} sounds; they are kept in {self.path}, the same "
-                "command goes on from there",
-                file=sys.stderr,
-            )
-            raise
-
-
-def _key(line: Line) -> tuple[str, ...]:
-    return str(line.path), line.text, line.language
 
 
 def _row(line: Line, heard: str) -> dict[str, str]:
@@ -277,31 +310,25 @@ def evaluate_command(
     if not any(line.text.strip() for line in usable):
         raise UserError(f"{listed}: all texts are empty, there is no rate of errors")
     heard: dict[int, str] = {}
-    draft = None if out is None else Draft(out, _settings(transcriber, source, task, beams, ema))
-    if draft is not None:
-        heard = {number: said for number, line in enumerate(usable) if (said := draft.find(line)) is not None}
-    left = [number for number in range(len(usable)) if number not in heard]
-
-    def go_on() -> None:
-        todo = [usable[number] for number in left]
-        with hearing(sum(lengths[number] for number in left)) as advance:
+    with ExitStack() as stack:
+        draft = None
+        if out is not None:
+            draft = stack.enter_context(Draft(out, _settings(transcriber, source, task, beams, ema), len(usable)))
+            heard = {number: said for number, line in enumerate(usable) if (said := draft.find(line)) is not None}
+        left = [number for number in range(len(usable)) if number not in heard]
+        todo, seconds_left = [usable[number] for number in left], [lengths[number] for number in left]
+        with hearing(sum(seconds_left)) as advance:
             options: dict[str, Any] = {"task": task, "beams": beams, "batch": batch, "bad": bad, "advance": advance}
-            for group in hear(transcriber, todo, **options):
+            for group in hear(transcriber, todo, seconds_left, **options):
                 for number, said in group:
                     heard[left[number]] = said
                     if draft is not None:
                         draft.add(todo[number], said)
         if not heard:
             raise UserError(f"{listed}: none of its {len(lines)} sounds can be used")
-
-    if draft is None:
-        go_on()
-    else:
-        with draft.kept(len(usable)):
-            go_on()
-    pairs = [(usable[number], heard[number]) for number in sorted(heard)]
-    if draft is not None:
-        draft.finish(pairs)
+        pairs = [(usable[number], heard[number]) for number in sorted(heard)]
+        if draft is not None:
+            draft.finish(pairs)
     said = report(pairs, normalizer, task, getattr(transcriber.prompts.tokenizer, "english_spelling_normalizer", None))
     skipped = f" ({len(bad)} skipped)" if len(bad) else ""
     Console(highlight=False, soft_wrap=True).print(f"{len(pairs)} sounds{skipped}: {said}")
@@ -356,12 +383,21 @@ def _usable(
 
 def _settings(transcriber: Transcriber, source: Path, task: str, beams: int, ema: bool) -> dict[str, Any]:
     """Return what a text depends on besides its sound."""
-    place = checkpoint.locate(source) if checkpoint.is_checkpoint(source) else source
+    run = checkpoint.is_checkpoint(source)
+    place = checkpoint.locate(source) if run else source.expanduser()
     return {
         "SRC": str(place.absolute()),
+        "files of SRC": None if run else _digest(place),
         "tokenizer": fingerprint(transcriber.prompts.tokenizer),
         "--task": task,
         "--beams": beams,
         "--ema": ema,
         "--dtype": str(next(transcriber.net.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def _digest(folder: Path) -> str:
+    """Return 12 hex digits that change when a folder's weights or settings are replaced, which keep their names."""
+    files = sorted(path for pattern in _HEARD_WITH for path in folder.glob(pattern))
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:12]

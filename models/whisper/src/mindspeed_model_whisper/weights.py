@@ -165,10 +165,19 @@ def write_hub_config(config: WhisperConfig, folder: Path, dtype: torch.dtype) ->
 
 
 def complete_hub(config: WhisperConfig, folder: Path) -> None:
-    """Write what follows from configuration and tokenizer, where none came along: of features and of generation."""
+    """Write what follows from configuration and tokenizer, where it did not come along: of features and of generation.
+
+    UserError for a generation_config.json that is damaged, or lacks some of it and goes with other weights.
+    """
     path = folder / GENERATION
-    if not path.exists() and has_tokenizer(folder):
-        write_json(path, generation_settings(load_tokenizer(folder), config))
+    if has_tokenizer(folder):
+        try:
+            if not path.exists():
+                write_json(path, generation_settings(load_tokenizer(folder), config))
+            elif not _is_complete(read_json(path), config):
+                write_json(path, read_generation(path, generation_settings(load_tokenizer(folder), config), config))
+        except UserError as error:
+            raise UserError(str(error).replace(f"{folder}/", "")) from None  # that folder is a draft
     path = folder / HUB_FEATURES
     if path.exists():
         return
@@ -219,6 +228,8 @@ def generation_settings(tokenizer: Any, config: WhisperConfig) -> dict[str, Any]
 
 _FOLLOW = ("decoder_start_token_id", "eos_token_id", "no_timestamps_token_id", "prev_sot_token_id", "is_multilingual")
 """What a generation_config.json cannot say otherwise than tokenizer and sizes do."""
+_ASKED, _MAPS = ("no_timestamps_token_id", "is_multilingual"), ("lang_to_id", "task_to_id")
+"""What transformers calls a file outdated without; the maps where there are several languages."""
 _TOLD = ("forced_decoder_ids", "return_timestamps", "cache_implementation")
 """What transcribing is told, or has in one way: these of a file say nothing."""
 
@@ -239,7 +250,7 @@ def read_generation(path: Path, settings: Mapping[str, Any], config: WhisperConf
     for field in _FOLLOW:
         if field in found and field in settings and found.pop(field) != settings[field]:
             raise refuse(field, read_json(path)[field], f"is {settings[field]!r} by the weights and their tokenizer")
-    for field in ("lang_to_id", "task_to_id"):
+    for field in _MAPS:
         given, known = found.pop(field, {}), settings.get(field, {})
         if not isinstance(given, dict):
             raise refuse(field, given, "must be an object of tokens")
@@ -257,6 +268,12 @@ def read_generation(path: Path, settings: Mapping[str, Any], config: WhisperConf
     if not isinstance(most, int) or not 1 <= most <= config.max_target_positions:
         raise refuse("max_length", most, f"must be from 1 to {config.max_target_positions}")
     return {**settings, **found}
+
+
+def _is_complete(found: Mapping[str, Any], config: WhisperConfig) -> bool:
+    """Tell whether a generation_config.json says what transformers asks of it when it is told language and times."""
+    names = (*_ASKED, *(_MAPS if config.multilingual else ()))
+    return all(found.get(name) is not None for name in names)
 
 
 def _is_token(value: Any, config: WhisperConfig) -> bool:
