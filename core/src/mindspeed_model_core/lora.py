@@ -85,13 +85,14 @@ class Adapter(nn.Module):
             low = self.tp.enter(F.linear(x, a), self._shares_tokens)
         else:
             low = self.tp.row(x, a, None, self._shares_tokens)
+        low = self.scale * low  # of few features; the update has as many as the output
         rank, rows, whole = b.shape[1], b.shape[0], sum(self.parts)
         pairs = zip(low.split(rank, -1), b.split([part * rows // whole for part in self.parts]), strict=True)
         updates = dict(zip(self.adapted, [F.linear(z, part) for z, part in pairs], strict=True))
         for number, size in enumerate(self.projections):
             if number not in updates:
                 updates[number] = low.new_zeros(*low.shape[:-1], size * rows // whole)
-        return self.scale * torch.cat([updates[number] for number in range(len(self.projections))], -1)
+        return torch.cat([updates[number] for number in range(len(self.projections))], -1)
 
     def _drop(self, x: Tensor) -> Tensor:
         """Drop inputs at random; ranks that share the input draw the mask of the whole, and each takes its part."""
