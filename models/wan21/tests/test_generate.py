@@ -217,6 +217,7 @@ def test_writes_a_video_of_the_given_frames(image_hub: tuple[Path, Sampling], tm
     assert few.exit_code == 2 and f"{words[-2]}: this network makes a video from" in few.output
 
 
+@pytest.mark.parametrize("image_hub", ["i2v"], indirect=True)
 def test_libraries_say_nothing_of_what_is_not_used(image_hub: tuple[Path, Sampling], tmp_path: Path) -> None:
     """In a process of its own, where nothing is imported yet."""
     folder, what = image_hub
