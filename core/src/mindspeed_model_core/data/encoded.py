@@ -52,7 +52,7 @@ def check_settings(features: FeatureSet, data: PictureData) -> None:
             what = f"{name} (height, width)" if name == "sizes" else name
             raise UserError(
                 f"{shown}: {features.folder} was prepared with {what} {had}, not {wanted}; set what it has, or prepare "
-                "the clips again into another folder"
+                "the samples again into another folder"
             )
 
 
