@@ -193,10 +193,12 @@ class _Alone(TensorParallel):
     """Rank 0 without its group: shapes and what is kept for backward are the real ones, values are nobody's."""
 
     def column(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
+        F.linear(self.enter(x, sequence).detach(), weight.detach())  # to be counted; on meta it takes nothing
         return _Column.apply(x, weight, bias, self.size if sequence else 1)
 
     def row(self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: bool) -> Tensor:
-        y = self._reduce(F.linear(x, weight), sequence)
+        # What is summed in place is not kept as a product.
+        y = self._reduce(F.linear(x, weight) if sequence else x @ weight.mT, sequence)
         return y if bias is None else y + bias
 
     def enter(self, x: Tensor, sequence: bool) -> Tensor:
@@ -273,12 +275,12 @@ class _Norm(torch.autograd.Function):
 class Fused(TorchFunctionMode):
     """Within it, PyTorch's attention and norms keep what their fused kernels do; on meta they run decomposed.
 
-    ``attention`` counts the bytes of attention's results: what a block recomputed without it still keeps.
+    ``attention`` and ``products`` count the bytes of their results, which a block that runs again without them keeps.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention = 0
+        self.attention = self.products = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -289,7 +291,10 @@ class Fused(TorchFunctionMode):
             return _Norm.apply(args[0], args[2] if len(args) > 2 else (kwargs or {}).get("weight"))
         if func is F.rms_norm:
             return _Norm.apply(args[0], args[2] if len(args) > 2 else (kwargs or {}).get("weight"))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self.products += out.nbytes
+        return out
 
 
 class Saved:
@@ -326,10 +331,15 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Block:
-    """Bytes that a block keeps for one micro-batch, and those of its attention's results among them."""
+    """Bytes that a block keeps for one micro-batch, those of its attention's results among them, and its products'."""
 
     kept: int
     attention: int
+    products: int
+
+    def spared(self, keep: str) -> int:
+        """Return the bytes of what ``recompute_keep`` lets a block keep that runs again."""
+        return {"nothing": 0, "attention": self.attention, "products": self.attention + self.products}[keep]
 
 
 @dataclass(frozen=True)
@@ -362,10 +372,10 @@ def _activations(net: Trunk, recipe: Recipe, model: Model) -> _Activations:
         kinds: dict[type, _Block] = {}
         for index, block in enumerate(net.blocks.children()):
             if type(block) not in kinds:
-                state, fused.attention = _entering(state), 0
+                state, fused.attention, fused.products = _entering(state), 0, 0
                 with Saved(known) as saved:
                     state = net.step(index, block, state, context)
-                kinds[type(block)] = _Block(saved.bytes, fused.attention)
+                kinds[type(block)] = _Block(saved.bytes, fused.attention, fused.products)
         state = _entering(state)
         with Saved(known) as last:
             net.finish(state, context)
@@ -412,11 +422,12 @@ def _stage(
     again = recomputed(recipe.recompute, per)
     a = activations
     kinds = a.blocks[stage * per : (stage + 1) * per]
-    left = sum(a.entry + (kind.attention if recipe.recompute_keep == "attention" else 0) for kind in kinds[:again])
+    spared = [kind.spared(recipe.recompute_keep) for kind in kinds[:again]]
+    left = again * a.entry + sum(spared)
     kept = sum(kind.kept for kind in kinds[again:]) + left + a.shared + (a.first if first else 0)
     memory = replace(
         _states(blocks, rest, recipe, replicas, spread),
-        activations=flight * kept + max((kind.kept for kind in kinds[:again]), default=0),
+        activations=flight * kept + max((k.kept - s for k, s in zip(kinds[:again], spared, strict=True)), default=0),
         head=a.last if last else 0,
     )
     return memory

@@ -243,8 +243,10 @@ class Recipe(Section):
         description="blocks recomputed in backward: none, all, the first N of each pipeline stage, or auto: as few as "
         "the memory that is free lets",
     )
-    recompute_keep: Literal["nothing", "attention"] = Field(
-        "nothing", description="what recomputed blocks keep: fused attention's results, which are small and dear"
+    recompute_keep: Literal["nothing", "attention", "products"] = Field(
+        "nothing",
+        description="what recomputed blocks keep: fused attention's results, which are small and dear, or with "
+        "products also those of matrix products, so that only cheap steps run again",
     )
     deterministic: bool = False
     optimization_level: Annotated[Literal[0, 1, 2], _NUMBER] = optional(
@@ -315,7 +317,7 @@ class Recipe(Section):
             )
         if self.compile and self.recompute_keep != "nothing":
             raise ValueError(
-                f"recompute_keep={self.recompute_keep}: a compiled block cannot keep its attention alone; set "
+                f"recompute_keep={self.recompute_keep}: a compiled block cannot keep a part of its results; set "
                 "recompute_keep=nothing, or compile=false"
             )
         if self.optimization_level == 0 and self.recompute_keep == "attention":

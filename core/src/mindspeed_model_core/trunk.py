@@ -52,7 +52,8 @@ class Trunk(nn.Module, ABC):
     Context, made anew on every pipeline stage. ``compiles`` says that blocks may be compiled, ``compiled`` that they
     are, or with ``graph`` all that comes after the Context. ``streams`` says that tokens are of several kinds (text,
     image) with layers of their own, so that what a layer sees is not always a run of all tokens. ``recompute`` is how
-    many of the blocks held here run again in backward, but for their attention if that is what ``recompute_keep`` says.
+    many of the blocks held here run again in backward, but for what ``recompute_keep`` says: their attention, or that
+    and their matrix products.
     ``sequence_ranks`` ranks share the tokens between tensor-parallel regions, those of ``cp`` share them over whole
     blocks. ``noise`` is set where layers draw random numbers in training.
     """
@@ -150,12 +151,13 @@ class Trunk(nn.Module, ABC):
 
     def run(self, step: Callable[..., State], batch: Batch, context: Context, state: State | None) -> Tensor | State:
         """Run what this process holds, its blocks by ``step``, given a batch's Context."""
+        again = partial(_keeping_products, step) if self.recompute_keep == "products" else step
         if state is None:
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):
             if index < self.recompute and torch.is_grad_enabled():
                 state = checkpoint(
-                    step, index, block, state, context, use_reentrant=False, **_policy(self.recompute_keep)
+                    again, index, block, state, context, use_reentrant=False, **_policy(self.recompute_keep)
                 )
             else:
                 state = step(index, block, state, context)
@@ -177,14 +179,21 @@ def _uncompiled(step: Callable[..., State], index: int, block: nn.Module, state:
         block._compiled_call_impl = held
 
 
+def _keeping_products(
+    step: Callable[..., State], index: int, block: nn.Module, state: State, context: Context
+) -> State:
+    with ops.keeping_products():
+        return step(index, block, state, context)
+
+
 def _policy(keep: str) -> dict[str, Any]:
     if keep == "nothing":
         return {}
-    if not ops.level():
+    if keep == "attention" and not ops.level():
         raise UserError(NOTHING_TO_KEEP)
-    return {"context_fn": partial(create_selective_checkpoint_contexts, _keep_attention)}
+    kept = ops.ATTENTION if keep == "attention" else ops.ATTENTION | ops.PRODUCTS
 
+    def choose(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-def _keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator.name() in ops.ATTENTION
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return {"context_fn": partial(create_selective_checkpoint_contexts, choose)}

@@ -16,7 +16,9 @@ from mindspeed_model_core.testing import toy
 from mindspeed_model_core.testing.dist import run_dist
 from mindspeed_model_core.testing.equivalence import Job, Trace, assert_equivalent, trace, whole
 from mindspeed_model_core.testing.tolerance import FP64, assert_close
+from mindspeed_model_core.trunk import _policy
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CHUNKS = (1, 2, 4, 8)
 IN, OUT = 6, 10  # of one rank
@@ -141,6 +143,26 @@ def test_gathered_tokens_are_not_kept_nor_the_input_of_a_frozen_weight(name: str
     assert run_dist(_kept, 2, name, True)[0] == [(10, 6)]
 
 
+def _again(keep: str, chunks: int) -> Tensor:
+    """Return the gradient of something whose backward needs the sum over ranks, computed again."""
+    x = draw(4, 6).requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        return ops.matmul_all_reduce(x, draw(10, 6), dist.group.WORLD, chunks=chunks).sin()
+
+    checkpoint(run, x, use_reentrant=False, **_policy(keep)).sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_kept_product_is_not_summed_twice(chunks: int) -> None:
+    def run() -> tuple[Tensor, Tensor]:
+        return _again("nothing", chunks), _again("products", chunks)
+
+    for plain, kept in run_dist(run, 2):
+        assert torch.equal(plain, kept)
+
+
 def test_chunks_are_of_level_two() -> None:
     x = torch.ones(4, 6)
     for name in ("column_matmul", "all_gather_matmul", "matmul_all_reduce", "matmul_reduce_scatter"):
@@ -193,6 +215,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
         {"tp": 2, "overlap_chunks": 2},
         7,
         {"recompute": "all", "keep": "attention"},
+    ),
+    "recompute-all-but-products-in-turn": (2, {"tp": 2}, 7, {"recompute": "all", "keep": "products"}),
+    "recompute-all-but-products-2": (
+        2,
+        {"tp": 2, "overlap_chunks": 2},
+        7,
+        {"recompute": "all", "keep": "products"},
+    ),
+    "recompute-all-but-products-sequence-2": (
+        2,
+        {"tp": 2, "sequence": True, "overlap_chunks": 2},
+        10,
+        {"recompute": "all", "keep": "products"},
     ),
     "lora-2": (2, {"tp": 2, "overlap_chunks": 2}, 7, {"adapted": True}),
     "lora-sequence-recompute-4": (

@@ -108,6 +108,20 @@ def test_recomputed_blocks_keep_their_input_and_one_runs_again() -> None:
         plan(2, parallel={"pp": 2}, recompute=3)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_is_kept_of_recomputed_blocks_is_counted(tp: int) -> None:
+    def activations(keep: str) -> int:
+        return plan(tp, recompute="all", recompute_keep=keep, parallel={"tp": tp}).memory.activations
+
+    nothing, attention, products = (activations(keep) for keep in ("nothing", "attention", "products"))
+    # While a block runs again, what it kept is there once.
+    attended = 4 * TOKENS * (C.width + C.heads) // tp
+    assert attention - nothing == (C.layers - 1) * attended
+    # With tensor parallelism the products that are summed in place are not kept.
+    rows = QKV // tp + 2 * C.hidden // tp + (2 * C.width if tp == 1 else 0)
+    assert products - attention == (C.layers - 1) * 4 * TOKENS * rows
+
+
 def test_as_few_blocks_run_again_as_memory_lets() -> None:
     recipe = ToyRecipe(preset="tiny", precision="fp32", global_batch=8, micro_batch=2, recompute="auto")
     needs = [plan(recompute=count).memory.total for count in range(C.layers + 1)]

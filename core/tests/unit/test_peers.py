@@ -322,6 +322,22 @@ def test_a_side_is_freed_before_the_next_is_built(failing: bool, monkeypatch) ->
     assert not alive
 
 
+def test_a_peer_that_breaks_the_device_leaves_what_was_measured(monkeypatch) -> None:
+    calls = []
+
+    def break_at_the_second(device: torch.device) -> None:
+        calls.append(device)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(peers, "_free", break_at_the_second)
+    report = compare(Comparison("small", "base", (TWIN, replace(TWIN, mode="other"))), steps=2)
+    ours, twin, other = report.sides
+    assert ours.measured is not None and twin.measured is not None and len(calls) == 2
+    assert other.measured is None and "not run, torch eager broke the device: CUDA error" in other.said
+    assert report.broken == [other]
+
+
 # --- figures ---
 
 

@@ -5,7 +5,7 @@ import torch
 from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing import toy
-from mindspeed_model_core.testing.recomputation import LENGTHS, attend, check_kept
+from mindspeed_model_core.testing.recomputation import BLOCKS, LENGTHS, attend, check_kept
 
 CPU = torch.device("cpu")
 
@@ -18,6 +18,7 @@ def test_attention_can_be_kept(documents) -> None:
 def test_plain_formulas_have_no_result_of_attention_to_keep() -> None:
     with ops.at_level(0):
         assert attend("alike", True, "nothing", CPU, torch.float32)[0] == 0
+        assert attend("alike", True, "products", CPU, torch.float32)[1] == 3 * BLOCKS
         with pytest.raises(UserError, match="recompute_keep=attention: plain formulas"):
             attend("alike", True, "attention", CPU, torch.float32)
 

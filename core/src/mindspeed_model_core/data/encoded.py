@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -16,6 +15,7 @@ from ..trunk import Batch
 from .clips import BadFiles, PictureData, Sample, content, drops_text, naming
 from .features import INDEX, FeatureSet, Shape
 from .media import check_file
+from .noise import noise
 from .ranks import spread
 
 EMPTY_TEXT = "empty_text.safetensors"
@@ -167,9 +167,7 @@ class RandomFeatures:
 
     def read(self, index: int, seed: int) -> Sample:
         """Return a sample."""
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
-        return {**tensors, "seed": seed}
+        return {**{name: noise(shape, seed) for name, shape in self.shapes.items()}, "seed": seed}
 
 
 def read_empty_text(folder: Path) -> dict[str, Tensor]:

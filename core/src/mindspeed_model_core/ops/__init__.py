@@ -5,7 +5,8 @@ from .adamw import Update, adamw_, ema_adamw_
 from .attention import ATTENTION, attention, full_attention
 from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
-from .linear import Sum, accumulate_gradient, accumulate_product_, linear
+from .gelu import join_gelu
+from .linear import PRODUCTS, Sum, accumulate_gradient, accumulate_product_, keeping_products, linear
 from .loss import cross_entropy, linear_cross_entropy
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .ring import attention_backward, attention_with_lse, merge_attention
@@ -15,6 +16,7 @@ from .table import TABLE, Entry, Op, at_level, level, op
 
 __all__ = [
     "ATTENTION",
+    "PRODUCTS",
     "TABLE",
     "Entry",
     "Op",
@@ -38,6 +40,8 @@ __all__ = [
     "gated_add",
     "grid_rope_tables",
     "grouped_matmul",
+    "join_gelu",
+    "keeping_products",
     "layer_norm",
     "level",
     "linear",

@@ -57,7 +57,8 @@ class _InTurn:
 
     def summed(self, x: Tensor, matrix: Tensor) -> _Pending:
         """Return the product, summed over ranks."""
-        product = x @ matrix
+        # Not as a result of its own: one that is kept for when a block runs again may not be summed in place.
+        product = torch.mm(x, matrix, out=x.new_empty(len(x), matrix.shape[1]))
         return _Pending(product, [dist.all_reduce(product, group=self.group, async_op=True)], [])
 
     def _scatter(self, out: Tensor, product: Tensor) -> _Pending:
@@ -147,7 +148,7 @@ class _Column(torch.autograd.Function):
         flat = rows(x)
         y = how.gathered(flat, weight.T, keep=False)[0] if tokens else flat @ weight.T
         if bias is not None:
-            y += bias
+            y = y + bias  # a kept product may not change
         return y.view(len(x) * (how.size if tokens else 1), *x.shape[1:-1], len(weight))
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear import keeps_products
 from .table import FLOATS, compiled, eager_triton, op
 
 Tables = tuple[Tensor, Tensor]
@@ -184,12 +185,16 @@ def _turns_in_place(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> bool:
     dim, constant = x.shape[-1], not (cos.requires_grad or sin.requires_grad)
     tables = constant and cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
     whole = cos.shape == sin.shape == (len(x), dim) and x.stride()[1:] == (dim, 1)
-    return tables and whole and x.numel() > 0 and dim > 1 and dim & (dim - 1) == 0 and eager_triton(x)
+    fits = whole and x.numel() > 0 and dim > 1 and dim & (dim - 1) == 0
+    return tables and fits and not keeps_products() and eager_triton(x)
 
 
-rope_projected_.on("cuda", "triton", when="fp16, bf16, fp32; constant tables; dim a power of 2", takes=_turns_in_place)(
-    _InPlace.apply
-)
+rope_projected_.on(
+    "cuda",
+    "triton",
+    when="fp16, bf16, fp32; constant tables; dim a power of 2; the projection need not be kept",
+    takes=_turns_in_place,
+)(_InPlace.apply)
 
 
 @rope_projected_.on("cuda", "torch.compile")

@@ -244,7 +244,13 @@ def _in_turn(
         # At once: who ends a long comparison before its end still has what was seen.
         step, memory = statistics.median(side.seconds or [0.0]), side.peak_bytes / 2**30
         say(f"  {side.said or f'{_duration(step)} a step, {memory:.1f} GiB'}")
-        _free(device)
+        try:
+            _free(device)
+        except RuntimeError as error:  # a kernel of this side left the device of no use to this process
+            for later in sides:
+                if not (later.done or later.said):
+                    later.said, later.broken = f"not run, {side.name} broke the device: {str(error)[:60]}", True
+            return
 
 
 def _time(side: Side, model: Model, device: torch.device, steps: int, warmup: int) -> None:

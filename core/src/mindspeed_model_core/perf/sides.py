@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from .. import device as devices
 from .. import lora, weights
 from ..model import Model
 from ..optim import learning_rate
@@ -112,7 +113,7 @@ def open_peer(peer: Peer, recipe: Recipe, model: Model, device: torch.device) ->
             work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
             total = torch.zeros((), device=device)
             for batch in batches:
-                moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                moved = {k: devices.send(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 for part in peer.split(task.encode(moved)):
                     loss = peer.loss(net, part, count)
                     loss.backward()

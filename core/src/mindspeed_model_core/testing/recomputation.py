@@ -18,15 +18,16 @@ BLOCKS = 4
 
 
 class Counted(TorchDispatchMode):
-    """Names the attention operators that really run: a kept result does not reach the dispatcher."""
+    """Names the operators of some that really run: a kept result does not reach the dispatcher."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: frozenset[str] = ops.ATTENTION) -> None:
         super().__init__()
+        self.names = names
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
-        if func.name() in ops.ATTENTION:
+        if func.name() in self.names:
             self.calls.append(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -72,25 +73,30 @@ class Attending(Trunk):
 
 def attend(
     documents: str, recompute: bool, keep: str, device: torch.device, dtype: torch.dtype
-) -> tuple[int, dict[str, Tensor]]:
-    """Run the blocks forward and backward; return how often attention ran and all gradients, on the CPU."""
+) -> tuple[int, int, dict[str, Tensor]]:
+    """Run the blocks forward and backward; return how often attention and products ran, and gradients, on the CPU."""
     torch.manual_seed(0)
     net = Attending()
     net.recompute, net.recompute_keep = BLOCKS * recompute, keep
     x = torch.randn(sum(LENGTHS[documents]), 64).to(device, dtype).requires_grad_()
     net = net.to(device, dtype)
-    with Counted() as counted:
+    with Counted() as counted, Counted(ops.PRODUCTS) as products:
         net({"x": x, "lengths": LENGTHS[documents]}).square().sum().backward()  # type: ignore[union-attr]
     grads = {name: p.grad for name, p in (("x", x), *net.named_parameters())}
-    return len(counted.calls), {name: grad.cpu() for name, grad in grads.items() if grad is not None}
+    cpu = {name: grad.cpu() for name, grad in grads.items() if grad is not None}
+    return len(counted.calls), len(products.calls), cpu
 
 
 def check_kept(documents: str, device: torch.device, dtype: torch.dtype, bound: float = 0.0) -> None:
-    """Attention runs once where it is kept, twice where all is computed again, and gradients are within ``bound``."""
-    once, plain = attend(documents, False, "nothing", device, dtype)
-    twice, again = attend(documents, True, "nothing", device, dtype)
-    kept, spared = attend(documents, True, "attention", device, dtype)
-    assert once and (twice, kept) == (2 * once, once), (once, twice, kept)
-    assert len(plain) == 1 + 2 * BLOCKS
-    for got in (again, spared):
+    """What is kept runs once, what is computed again twice, and gradients are within ``bound``."""
+    once, products, plain = attend(documents, False, "nothing", device, dtype)
+    assert once and len(plain) == 1 + 2 * BLOCKS
+    # Of a block's products one is in forward.
+    for keep, ran in {
+        "nothing": (2 * once, products + BLOCKS),
+        "attention": (once, products + BLOCKS),
+        "products": (once, products),
+    }.items():
+        *found, got = attend(documents, True, keep, device, dtype)
+        assert tuple(found) == ran, (keep, found, ran)
         assert_close(got, plain, bound)

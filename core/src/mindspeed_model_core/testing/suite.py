@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import device as devices
-from .. import metrics, perf, train, weights
+from .. import metrics, ops, perf, train, weights
 from .. import recipe as recipes
 from ..errors import UserError
 from ..model import Model
@@ -34,6 +34,7 @@ from . import npu_emulator
 from .crew import TIMEOUT, Crew, crew, train_losses
 from .dist import run_dist, run_on
 from .equivalence import LAYOUTS, Job, assert_equivalent, trace
+from .recomputation import Counted
 from .tolerance import FP32, FP64, assert_close
 
 CPU = torch.device("cpu")
@@ -201,6 +202,24 @@ class ModelSuite(ABC):
         """Return a batch of full-length samples, whose FLOPs ``Task.work`` states."""
         return self.batch(config, 0)
 
+    def test_recomputation_keeps_what_it_is_told_to(self) -> None:
+        """Attention and products run once where they are kept, and again where they are not; nothing else changes."""
+        job = self.job(steps=1, precision="fp32")
+        ran = {}
+        for recompute, keep in (("none", "nothing"), ("all", "nothing"), ("all", "attention"), ("all", "products")):
+            with Counted() as attention, Counted(ops.PRODUCTS) as products:
+                got = trace(replace(job, recompute=recompute, recompute_keep=keep), {})
+            ran[recompute, keep] = len(attention.calls), len(products.calls)
+            if recompute == "none":
+                plain = got
+            assert got.losses == plain.losses
+            want = {n: p[0][1] for n, p in plain.gradients.items()}
+            assert_close({n: p[0][1] for n, p in got.gradients.items()}, want, 0.0)
+        once = ran["none", "nothing"]
+        assert ran["all", "products"] == once and ran["all", "attention"][0] == once[0]
+        assert ran["all", "nothing"][0] == 2 * once[0]
+        assert ran["all", "nothing"][1] == ran["all", "attention"][1] > once[1] > 0
+
     @pytest.mark.parametrize("recompute", ["all", 1])
     def test_recompute_changes_nothing(self, recompute: str | int) -> None:
         runs = 0
@@ -342,7 +361,7 @@ class ModelSuite(ABC):
     @pytest.mark.dist
     def test_recompute_and_bf16_under_every_axis(self) -> None:
         world, fields = self.layouts["tp2-sequence-pp2-dp2-zero3"]
-        assert_equivalent(self.job(recompute=1), world, fields, FP64)
+        assert_equivalent(self.job(recompute=1, recompute_keep="products"), world, fields, FP64)
         assert_equivalent(self.job(precision="bf16", steps=1), world, fields, self.bf16, parameters=False)
 
     @pytest.mark.dist

@@ -100,10 +100,10 @@ class SingleBlock(layers.WholeAttention):
         shift, scale, gate = self.modulation(vector)
         mixed = self.qkv_up(ops.adaln(x, shift, scale, EPS))
         own = mixed.shape[-1] // 7  # the feed-forward is four times as wide as q, k and v each
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in mixed[..., : 3 * own].chunk(3, -1))
+        *qkv, up = mixed.split((own, own, own, 4 * own), -1)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
         y = self.attend(self.q_norm(q), self.k_norm(k), v, tables)
-        joined = torch.cat((y, F.gelu(mixed[..., 3 * own :], approximate="tanh")), -1)
-        return ops.gated_add(x, self.out_down(joined), gate)
+        return ops.gated_add(x, self.out_down(ops.join_gelu(y, up)), gate)
 
 
 class VectorEmbedding(nn.Module):

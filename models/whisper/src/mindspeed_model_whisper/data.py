@@ -16,6 +16,7 @@ from mindspeed_model_core.data import IGNORE, SlotLoader, load_tokenizer
 from mindspeed_model_core.data.audio import read_audio, seconds
 from mindspeed_model_core.data.clips import BadFiles, content, naming, open_reader
 from mindspeed_model_core.data.media import column, read_rows
+from mindspeed_model_core.data.noise import noise
 from mindspeed_model_core.data.ranks import spread
 from mindspeed_model_core.data.tokenizer import encode, find_tokenizer, fingerprint
 from mindspeed_model_core.errors import UserError
@@ -359,9 +360,8 @@ class Random:
     def read(self, index: int, seed: int) -> Sample:
         """Return a sample that follows from its seed."""
         draw = torch.Generator().manual_seed(seed)
-        mel = torch.randn(self.config.num_mel_bins, self.config.frames, generator=draw)
         tokens = torch.randint(self.config.eos_token_id, (self.length + 1,), generator=draw).tolist()
-        return {"mel": mel, "tokens": tokens}
+        return {"mel": noise((self.config.num_mel_bins, self.config.frames), seed), "tokens": tokens}
 
     def collate(self, samples: list[Sample]) -> Batch:
         """Return a micro-batch."""

@@ -1,4 +1,4 @@
-"""Gated activations."""
+"""Activations, gated or beside something else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ def _swiglu(x: Tensor) -> Tensor:
     return a * torch.sigmoid(a) * b
 
 
-CASES = tuple(
-    Case(ops.swiglu, "x".join(map(str, shape)), (draw(*shape),), _swiglu) for shape in ((70, 96), (3, 5, 14), (0, 8))
+def _join_gelu(y: Tensor, x: Tensor) -> Tensor:
+    return torch.cat((y, x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))), -1)
+
+
+CASES = (
+    *(
+        Case(ops.swiglu, "x".join(map(str, shape)), (draw(*shape),), _swiglu)
+        for shape in ((70, 96), (3, 5, 14), (0, 8))
+    ),
+    *(
+        Case(ops.join_gelu, "x".join(map(str, shape)), (draw(*shape), draw(*shape[:-1], 4 * shape[-1])), _join_gelu)
+        for shape in ((70, 2, 24), (5, 1, 7), (0, 2, 8))
+    ),
 )
