@@ -10,9 +10,11 @@ import torch
 from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.ops import table
-from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
+from mindspeed_model_core.ops.loss import _padded
+from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check, loss
 from mindspeed_model_core.testing.op_cases.case import in_types, serving
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -36,6 +38,34 @@ def test_no_npu_is_given_fp64() -> None:
 def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype) -> None:
     with ops.at_level(level):
         CHECKS[name](CPU, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("parts", [1, 5])
+@pytest.mark.parametrize("vocabulary", [5, 61, 1003])
+def test_a_loss_of_padded_logits_equals_its_formula(vocabulary, parts, dtype) -> None:
+    loss.check_sums(_padded, vocabulary, parts, CPU, dtype, BOUND[dtype])
+
+
+def test_products_of_a_padded_vocabulary_are_aligned() -> None:
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                sizes.extend(size for x in args if isinstance(x, Tensor) for size in (*x.shape, *x.stride()))
+            return function(*args, **(kwargs or {}))
+
+    x, weight = (torch.ones(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (24, 61))
+    labels = torch.zeros(24, dtype=torch.int64)
+    with Sizes():
+        _padded(x, weight, labels).backward()
+    assert sizes and all(size % 8 == 0 for size in sizes if size != 1)
+    assert weight.grad is not None and weight.grad.shape == weight.shape
+    served = ops.linear_cross_entropy.serving("cuda", x, weight, labels)
+    assert served is not None and served.function is _padded
+    assert ops.linear_cross_entropy.serving("cuda", x, weight[:56], labels) is None
+    assert ops.linear_cross_entropy.serving("cuda", x.float(), weight.float(), labels) is None
 
 
 def test_a_causal_chunk_is_the_queries_own() -> None:
