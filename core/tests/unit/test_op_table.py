@@ -10,7 +10,7 @@ import torch
 from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.ops import table
-from mindspeed_model_core.ops.loss import _padded
+from mindspeed_model_core.ops.loss import AT_ONCE, _padded
 from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check, loss
 from mindspeed_model_core.testing.op_cases.case import in_types, serving
 from torch import Tensor
@@ -47,25 +47,37 @@ def test_a_loss_of_padded_logits_equals_its_formula(vocabulary, parts, dtype) ->
     loss.check_sums(_padded, vocabulary, parts, CPU, dtype, BOUND[dtype])
 
 
-def test_products_of_a_padded_vocabulary_are_aligned() -> None:
-    sizes: list[int] = []
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+def test_products_of_a_padded_vocabulary_are_aligned(added, parts, monkeypatch) -> None:
+    """But for that of the last few rows, where they are added to a sum that is not padded."""
+    products: list[tuple[int, ...]] = []
 
-    class Sizes(TorchDispatchMode):
+    class Products(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
-                sizes.extend(size for x in args if isinstance(x, Tensor) for size in (*x.shape, *x.stride()))
+                products.append(tuple(size for x in args if isinstance(x, Tensor) for size in (*x.shape, *x.stride())))
             return function(*args, **(kwargs or {}))
 
+    monkeypatch.setitem(AT_ONCE, "cpu", 24 * 61 // parts + 1)
     x, weight = (torch.ones(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (24, 61))
-    labels = torch.zeros(24, dtype=torch.int64)
-    with Sizes():
-        _padded(x, weight, labels).backward()
-    assert sizes and all(size % 8 == 0 for size in sizes if size != 1)
-    assert weight.grad is not None and weight.grad.shape == weight.shape
-    served = ops.linear_cross_entropy.serving("cuda", x, weight, labels)
-    assert served is not None and served.function is _padded
-    assert ops.linear_cross_entropy.serving("cuda", x, weight[:56], labels) is None
-    assert ops.linear_cross_entropy.serving("cuda", x.float(), weight.float(), labels) is None
+    if added:
+        ops.accumulate_gradient(weight, torch.zeros_like(weight))
+    with Products():
+        _padded(x, weight, torch.zeros(24, dtype=torch.int64)).backward()
+    odd = [sizes for sizes in products if any(size % 8 for size in sizes if size > 1)]
+    assert len(products) == (3 + (parts > 1) + added) * parts
+    assert len(odd) == added * parts and all(5 in sizes for sizes in odd)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "padded"),
+    [(61, torch.bfloat16, True), (60, torch.float16, True), (56, torch.bfloat16, False), (61, torch.float32, False)],
+)
+def test_halves_of_an_odd_vocabulary_are_padded_on_cuda(vocabulary, dtype, padded) -> None:
+    x, weight = torch.ones(24, 16, dtype=dtype), torch.ones(vocabulary, 16, dtype=dtype)
+    served = ops.linear_cross_entropy.serving("cuda", x, weight, torch.zeros(24, dtype=torch.int64))
+    assert (served is not None and served.function is _padded) == padded
 
 
 def test_a_causal_chunk_is_the_queries_own() -> None:
