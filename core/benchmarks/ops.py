@@ -46,7 +46,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Return what is timed: the shapes of the two networks that are trained here."""
+    """Return what is timed: shapes of networks that are trained here."""
     wan, llama = (TOKENS, 1, WIDTH), (LLAMA, LLAMA)
     yield Row("rms_norm", "32760x1536", lambda r: (r(*wan), r(WIDTH), 1e-6))
     yield Row("rms_norm", "4096x4096", lambda r: (r(*llama), r(LLAMA), 1e-5))
@@ -76,6 +76,12 @@ def rows() -> Iterator[Row]:
         "16384x4096, 32000",
         lambda r: (r(4 * LLAMA, LLAMA), r(32000, LLAMA), torch.randint(32000, (4 * LLAMA,), device=devices.pick())),
         3 * 2 * 4 * LLAMA * LLAMA * 32000,
+    )
+    yield Row(
+        "linear_cross_entropy",
+        "7168x1280, 51866",
+        lambda r: (r(7168, 1280), r(51866, 1280), torch.randint(51866, (7168,), device=devices.pick())),
+        3 * 2 * 7168 * 1280 * 51866,
     )
     heads = (32, 32, 32)
     ones = (LLAMA,)

@@ -10,9 +10,11 @@ import torch
 from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.ops import table
-from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check
+from mindspeed_model_core.ops.loss import AT_ONCE, _padded
+from mindspeed_model_core.testing.op_cases import CASES, CHECKS, check, loss
 from mindspeed_model_core.testing.op_cases.case import in_types, serving
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -36,6 +38,46 @@ def test_no_npu_is_given_fp64() -> None:
 def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype) -> None:
     with ops.at_level(level):
         CHECKS[name](CPU, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("parts", [1, 5])
+@pytest.mark.parametrize("vocabulary", [5, 61, 1003])
+def test_a_loss_of_padded_logits_equals_its_formula(vocabulary, parts, dtype) -> None:
+    loss.check_sums(_padded, vocabulary, parts, CPU, dtype, BOUND[dtype])
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+def test_products_of_a_padded_vocabulary_are_aligned(added, parts, monkeypatch) -> None:
+    """But for that of the last few rows, where they are added to a sum that is not padded."""
+    products: list[tuple[int, ...]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                products.append(tuple(size for x in args if isinstance(x, Tensor) for size in (*x.shape, *x.stride())))
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setitem(AT_ONCE, "cpu", 24 * 61 // parts + 1)
+    x, weight = (torch.ones(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (24, 61))
+    if added:
+        ops.accumulate_gradient(weight, torch.zeros_like(weight))
+    with Products():
+        _padded(x, weight, torch.zeros(24, dtype=torch.int64)).backward()
+    odd = [sizes for sizes in products if any(size % 8 for size in sizes if size > 1)]
+    assert len(products) == (3 + (parts > 1) + added) * parts
+    assert len(odd) == added * parts and all(5 in sizes for sizes in odd)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "padded"),
+    [(61, torch.bfloat16, True), (60, torch.float16, True), (56, torch.bfloat16, False), (61, torch.float32, False)],
+)
+def test_halves_of_an_odd_vocabulary_are_padded_on_cuda(vocabulary, dtype, padded) -> None:
+    x, weight = torch.ones(24, 16, dtype=dtype), torch.ones(vocabulary, 16, dtype=dtype)
+    served = ops.linear_cross_entropy.serving("cuda", x, weight, torch.zeros(24, dtype=torch.int64))
+    assert (served is not None and served.function is _padded) == padded
 
 
 def test_a_causal_chunk_is_the_queries_own() -> None:

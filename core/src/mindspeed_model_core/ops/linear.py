@@ -95,9 +95,15 @@ class Sum:
         return self.tensor is not None and torch.promote_types(self.tensor.dtype, dtype) == self.tensor.dtype
 
     def add(self, grad: Tensor, rows: Tensor) -> None:
-        """Add ``grad^T rows``."""
-        assert self.tensor is not None
-        accumulate_product_(self.tensor, grad, rows)
+        """Add ``grad^T rows``; columns of ``grad`` beyond the sum's rows are padding and left out."""
+        total = self.tensor
+        assert total is not None
+        if grad.shape[1] > len(total):
+            # What is padded is to be aligned, and what cuBLAS aligns by is sizes too: the few last go by themselves.
+            whole = len(total) - len(total) % 8
+            accumulate_product_(total[whole:], grad[:, whole : len(total)], rows)
+            total, grad = total[:whole], grad[:, :whole]
+        accumulate_product_(total, grad, rows)
 
 
 def accumulate_gradient(weight: Tensor, total: Tensor | None) -> Sum:
