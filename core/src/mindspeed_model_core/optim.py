@@ -81,7 +81,7 @@ class AdamW:
         grads = [gradients[s.name] for s in self.shards if s.counted and s.master.numel()]
         square = torch.zeros((), dtype=wide, device=mesh.device)
         if grads:
-            square = torch.stack([n.to(wide) for n in torch._foreach_norm(grads)]).square().sum()
+            square = torch.stack(torch._foreach_norm(grads, dtype=wide)).to(wide).square().sum()
         if mesh.groups:
             dist.all_reduce(square)
         return square.sqrt()
