@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, nearest
 from .nn.linear import Linear
+from .ops.low_rank import Places
 from .parallel.context import ContextParallel
 from .parallel.placement import Placement
 from .parallel.tensor import TensorParallel
@@ -74,8 +75,8 @@ class Adapter(nn.Module):
     def _shares_tokens(self) -> bool:
         return self.tp is not None and self.tp.sequence and self.tokens != "all"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the Linear's input to what is added to its output."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Places]:
+        """Map the Linear's input to what is added to its output, as ``ops.add_low_rank`` takes it."""
         x = self._drop(x)
         a, b = self.a.to(x.dtype), self.b.to(x.dtype)
         if self.tp is None or self.split is None:
@@ -85,14 +86,9 @@ class Adapter(nn.Module):
             low = self.tp.enter(F.linear(x, a), self._shares_tokens)
         else:
             low = self.tp.row(x, a, None, self._shares_tokens)
-        low = self.scale * low  # of few features; the update has as many as the output
-        rank, rows, whole = b.shape[1], b.shape[0], sum(self.parts)
-        pairs = zip(low.split(rank, -1), b.split([part * rows // whole for part in self.parts]), strict=True)
-        updates = dict(zip(self.adapted, [F.linear(z, part) for z, part in pairs], strict=True))
-        for number, size in enumerate(self.projections):
-            if number not in updates:
-                updates[number] = low.new_zeros(*low.shape[:-1], size * rows // whole)
-        return torch.cat([updates[number] for number in range(len(self.projections))], -1)
+        sizes = [size * len(b) // sum(self.parts) for size in self.projections]
+        places = tuple((sum(sizes[:number]), sizes[number]) for number in self.adapted)
+        return self.scale * low, b, places  # scaled here, where there are few features
 
     def _drop(self, x: Tensor) -> Tensor:
         """Drop inputs at random; ranks that share the input draw the mask of the whole, and each takes its part."""

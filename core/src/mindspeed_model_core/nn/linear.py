@@ -64,17 +64,26 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[tokens, ..., in]`` to ``[tokens, ..., out]``; under TP one of the two is this rank's share."""
-        y = self._project(x)
-        return y if self.lora is None else y + self.lora(x)
+        if self.lora is None:
+            return self._project(x)
+        added = self.lora(x)
+        if (self.tp is None or self.split is None) and x.dtype == self.weight.dtype:
+            return ops.adapted_linear(x, self.weight, self.offset(), *added)
+        return ops.add_low_rank(self._project(x), *added)
+
+    def offset(self) -> Tensor | None:
+        """Return what is added to each of the output's features held here."""
+        return self.bias
 
     def _project(self, x: Tensor) -> Tensor:
+        bias = self.offset()
         if self.tp is None or self.split is None:
             if x.dtype != self.weight.dtype == torch.bfloat16:
-                return _Wide.apply(x, self.weight, self.bias, accumulator(self.weight))
-            return ops.linear(x, self.weight, self.bias)
+                return _Wide.apply(x, self.weight, bias, accumulator(self.weight))
+            return ops.linear(x, self.weight, bias)
         if self.split == "out":
-            return self.tp.column(x, self.weight, self.bias, self._shares_tokens)
-        return self.tp.row(x, self.weight, self.bias, self._shares_tokens)
+            return self.tp.column(x, self.weight, bias, self._shares_tokens)
+        return self.tp.row(x, self.weight, bias, self._shares_tokens)
 
 
 class _Wide(torch.autograd.Function):

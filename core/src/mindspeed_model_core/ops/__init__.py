@@ -8,6 +8,7 @@ from .experts import grouped_matmul, permute_tokens, unpermute_tokens
 from .gelu import join_gelu
 from .linear import PRODUCTS, Sum, accumulate_gradient, accumulate_product_, keeping_products, linear
 from .loss import cross_entropy, linear_cross_entropy
+from .low_rank import adapted_linear, add_low_rank
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .ring import attention_backward, attention_with_lse, merge_attention
 from .rope import grid_rope_tables, rope, rope_interleaved, rope_projected_, rope_tables
@@ -22,7 +23,9 @@ __all__ = [
     "Op",
     "Update",
     "adaln",
+    "adapted_linear",
     "add_layer_norm",
+    "add_low_rank",
     "add_rms_norm",
     "adamw_",
     "Sum",

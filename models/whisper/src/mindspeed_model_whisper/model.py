@@ -37,13 +37,11 @@ class Projections(layers.Linear):
         stacked = self.parts[: len(self.kinds) - self.kinds.count("k")]
         return {**found, "bias": Placement(0, stacked, self.unit)}
 
-    def _project(self, x: Tensor) -> Tensor:
+    def offset(self) -> Tensor:
+        """Return the bias of all projections, zero for keys."""
         given = iter(self.bias.chunk(len(self.kinds) - self.kinds.count("k")))
         zero = self.bias.new_zeros(len(self.weight) // len(self.kinds))
-        bias = torch.cat([zero if kind == "k" else next(given) for kind in self.kinds])
-        if self.tp is None:
-            return ops.linear(x, self.weight, bias)
-        return self.tp.column(x, self.weight, bias, self._shares_tokens)
+        return torch.cat([zero if kind == "k" else next(given) for kind in self.kinds])
 
 
 class SelfAttention(nn.Module):

@@ -32,3 +32,17 @@ def check_accumulate_product_(device: torch.device, dtype: torch.dtype, bound: f
             found: dict[str, Tensor] = {name: here.cpu().double(), "what lies behind": after.cpu().double()}
             want = {name: total.double() + a.double().T @ b.double(), "what lies behind": torch.zeros_like(after.cpu())}
             assert_close(found, want, min(bound, EXACT) if kind in HALVES else bound)
+
+
+def _adapted(
+    x: Tensor, low: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, places: tuple[tuple[int, int], ...]
+) -> Tensor:
+    y = x @ weight.to(x.dtype).T + (0 if bias is None else bias.to(x.dtype))
+    rank, at = b.shape[1], 0
+    for number, (first, count) in enumerate(places):
+        z = low[..., number * rank :][..., :rank]
+        columns = torch.zeros(count, y.shape[-1], dtype=y.dtype)
+        columns[:, first : first + count] = torch.eye(count)
+        y = y + z @ b[at : at + count].T @ columns
+        at += count
+    return y
