@@ -5,7 +5,7 @@ from .adamw import Update, adamw_, ema_adamw_
 from .attention import ATTENTION, attention, full_attention
 from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
-from .linear import Sum, accumulate_gradient, accumulate_product_, linear
+from .linear import Sum, accumulate_gradient, accumulate_product_, linear, sum_rows
 from .loss import cross_entropy, linear_cross_entropy
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .ring import attention_backward, attention_with_lse, merge_attention
@@ -54,6 +54,7 @@ __all__ = [
     "rope_projected_",
     "rope_tables",
     "sum_of_squares",
+    "sum_rows",
     "swiglu",
     "unpermute_tokens",
 ]

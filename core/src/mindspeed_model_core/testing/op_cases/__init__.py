@@ -30,6 +30,7 @@ CHECKS: dict[str, Callable[[torch.device, torch.dtype, float], None]] = {
     "adamw_": adamw.check_adamw_,
     "ema_adamw_": adamw.check_ema_adamw_,
     "linear_cross_entropy": loss.check_in_parts,
+    "sum_rows": linear.check_sum_rows,
 }
 
 __all__ = ["CASES", "CHECKS", "Case", "check", "run", "wanted"]

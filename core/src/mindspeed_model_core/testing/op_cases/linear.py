@@ -1,4 +1,4 @@
-"""Products added up in a wider type than that of their operands: in place."""
+"""Products added up in a wider type than that of their operands, in place, and sums of rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .case import draw
 
 SIZES = ((37, 7, 5), (1, 24, 16), (257, 96, 80), (4, 65536, 1), (4, 1, 65536), (0, 7, 5))
 """Tokens, and the two widths of the sum."""
+ROWS = ((0, 5), (3, 7), (9000, 300), (9, 120001))
+"""Rows of a sum, and their width."""
 HALVES = (torch.bfloat16, torch.float16)
 EXACT = 2e-5
 
@@ -32,3 +34,13 @@ def check_accumulate_product_(device: torch.device, dtype: torch.dtype, bound: f
             found: dict[str, Tensor] = {name: here.cpu().double(), "what lies behind": after.cpu().double()}
             want = {name: total.double() + a.double().T @ b.double(), "what lies behind": torch.zeros_like(after.cpu())}
             assert_close(found, want, min(bound, EXACT) if kind in HALVES else bound)
+
+
+def check_sum_rows(device: torch.device, dtype: torch.dtype, bound: float) -> None:
+    """Hold sums of rows against those in fp64; every entry's type, few rows and many, and any width."""
+    for kind in HALVES if dtype in HALVES else (dtype,):
+        for shape in ROWS:
+            x = draw(*shape).to(kind)
+            found = ops.sum_rows(x.to(device))
+            assert found.dtype == kind
+            assert_close({str(shape): found.cpu().double()}, {str(shape): x.double().sum(0)}, bound)
