@@ -134,7 +134,7 @@ def _layer_norm(  # type: ignore[no-untyped-def]
         to = tl.load(shift + sample * shift_row + at, mask=wide, other=0.0).to(tl.float32)
     step = tl.num_programs(0) // samples * ROWS
     for first in tl.range(program // samples * ROWS, tokens, step, num_stages=3):
-        token = first + tl.arange(0, ROWS)
+        token = first + tl.arange(0, ROWS).to(tl.int64)
         row, there = token * samples + sample, token < tokens
         place, here = (row * width)[:, None] + at[None, :], there[:, None] & wide[None, :]
         a = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
@@ -162,7 +162,7 @@ def _layer_norm_backward(  # type: ignore[no-untyped-def]
     sum_shift = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(0) // samples * ROWS
     for first in tl.range(program // samples * ROWS, tokens, step, num_stages=3):
-        token = first + tl.arange(0, ROWS)
+        token = first + tl.arange(0, ROWS).to(tl.int64)
         row, there = token * samples + sample, token < tokens
         place, here = (row * width)[:, None] + at[None, :], there[:, None] & wide[None, :]
         a = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
@@ -202,8 +202,8 @@ def _sum_rows(x, sums, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  #
     wide = at < width
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in tl.range(part * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=3):
-        row = first + tl.arange(0, ROWS)
-        place, here = (row.to(tl.int64) * width)[:, None] + at[None, :], (row < rows)[:, None] & wide[None, :]
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        place, here = (row * width)[:, None] + at[None, :], (row < rows)[:, None] & wide[None, :]
         total += tl.load(x + place, mask=here, other=0.0).to(tl.float32)
     tl.store(sums + part.to(tl.int64) * width + at, tl.sum(total, 0), mask=wide)
 
