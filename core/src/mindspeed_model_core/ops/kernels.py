@@ -56,22 +56,21 @@ def _swiglu_backward(x, grad, out, width, BLOCK: tl.constexpr):  # type: ignore[
     tl.store(out + row * 2 * width + width + at, g * a * s, mask=here)
 
 
-def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, one: float) -> tuple[Tensor, ...]:
-    """Return ``normed * (one + scale) + shift`` of contiguous rows ``x [..., width]``; their means and 1 / deviations.
+def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, one: float) -> tuple[Tensor, Tensor]:
+    """Return ``normed * (one + scale) + shift`` of contiguous rows ``x [..., width]``, and what backward needs of them.
 
     ``scale`` and ``shift``, both or neither, are ``[width]``, or ``[samples, width]`` where row ``i`` is of sample
-    ``i % samples``; they may be of other types than ``x``, and their rows apart. What is kept of rows is in fp32.
+    ``i % samples``; they may be of other types than ``x``, and their rows apart. Of each row, its mean and
+    1 / deviation are kept, ``[rows, 2]`` in fp32.
     """
     cut = _Cut(x, scale)
-    out, (mean, rstd) = torch.empty_like(x), x.new_empty((2, cut.tokens * cut.samples), dtype=torch.float32)
-    _layer_norm[cut.grid](
-        x, scale, shift, out, mean, rstd, *cut.sizes, _stride(scale), _stride(shift), eps, one, **cut.tile
-    )
-    return out, mean, rstd
+    out, kept = torch.empty_like(x), x.new_empty((cut.tokens * cut.samples, 2), dtype=torch.float32)
+    _layer_norm[cut.grid](x, scale, shift, out, kept, *cut.sizes, _stride(scale), _stride(shift), eps, one, **cut.tile)
+    return out, kept
 
 
 def layer_norm_backward(
-    x: Tensor, scale: Tensor | None, mean: Tensor, rstd: Tensor, grad: Tensor, one: float, needs: tuple[bool, ...]
+    x: Tensor, scale: Tensor | None, kept: Tensor, grad: Tensor, one: float, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``x``, ``scale`` and ``shift`` of ``layer_norm``, each where ``needs`` says so.
 
@@ -82,7 +81,7 @@ def layer_norm_backward(
     sums = x.new_empty((sum(needs_sums), cut.parts, cut.samples, cut.width), dtype=torch.float32)
     to_scale, to_shift = _given(sums, needs_sums)
     _layer_norm_backward[cut.grid](
-        x, grad, scale, mean, rstd, to_x, to_scale, to_shift, *cut.sizes, _stride(scale), one, **cut.tile
+        x, grad, scale, kept, to_x, to_scale, to_shift, *cut.sizes, _stride(scale), one, **cut.tile
     )
     if scale is None or not any(needs_sums):
         return to_x, None, None
@@ -92,7 +91,8 @@ def layer_norm_backward(
 class _Cut:
     """How rows are shared out: each of a grid's programs walks over its part of one sample's, some at a time.
 
-    There are as many as a multiprocessor can hold, a thread with 16 elements of rows that are whole in registers.
+    Rows are whole in registers, 16 elements a thread. There are no more programs than the device holds at once: one
+    that waits for another's end would double the time.
     """
 
     def __init__(self, x: Tensor, scale: Tensor | None) -> None:
@@ -102,7 +102,7 @@ class _Cut:
         block = triton.next_power_of_2(self.width)
         some = max(_BLOCK // block, 1)
         programs = _multiprocessors(x.device) * max(4 * _BLOCK // (some * block), 1)
-        self.parts = min(triton.cdiv(programs, self.samples), triton.cdiv(self.tokens, some))
+        self.parts = min(max(programs // self.samples, 1), triton.cdiv(self.tokens, some))
         self.grid = (self.parts * self.samples,)
         self.sizes = self.tokens, self.samples, self.width
         self.tile = {"ROWS": some, "BLOCK": block, "num_warps": some * block // 512}
@@ -122,9 +122,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _layer_norm(  # type: ignore[no-untyped-def]
-    x, scale, shift, out, mean, rstd, tokens, samples, width, scale_row, shift_row, eps, one,
+    x, scale, shift, out, kept, tokens, samples, width, scale_row, shift_row, eps, one,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, at = tl.program_id(0), tl.arange(0, BLOCK)
@@ -145,13 +145,13 @@ def _layer_norm(  # type: ignore[no-untyped-def]
         if scale is not None:
             a = a * by[None, :] + to[None, :]
         tl.store(out + place, a, mask=here)
-        tl.store(mean + row, m, mask=there)
-        tl.store(rstd + row, r, mask=there)
+        tl.store(kept + 2 * row, m, mask=there)
+        tl.store(kept + 2 * row + 1, r, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_backward(  # type: ignore[no-untyped-def]
-    x, grad, scale, mean, rstd, to_x, to_scale, to_shift, tokens, samples, width, scale_row, one,
+    x, grad, scale, kept, to_x, to_scale, to_shift, tokens, samples, width, scale_row, one,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, at = tl.program_id(0), tl.arange(0, BLOCK)
@@ -167,8 +167,8 @@ def _layer_norm_backward(  # type: ignore[no-untyped-def]
         place, here = (row * width)[:, None] + at[None, :], there[:, None] & wide[None, :]
         a = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
         g = tl.load(grad + place, mask=here, other=0.0).to(tl.float32)
-        m = tl.load(mean + row, mask=there, other=0.0)[:, None]
-        r = tl.load(rstd + row, mask=there, other=0.0)[:, None]
+        m = tl.load(kept + 2 * row, mask=there, other=0.0)[:, None]
+        r = tl.load(kept + 2 * row + 1, mask=there, other=0.0)[:, None]
         a = (a - m) * r
         if to_scale is not None:
             sum_scale += g * a
@@ -196,7 +196,7 @@ def sum_rows(x: Tensor) -> Tensor:
     return sums.sum(0).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sum_rows(x, sums, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     wide = at < width

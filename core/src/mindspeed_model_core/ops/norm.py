@@ -105,8 +105,8 @@ class FusedLayerNorm(torch.autograd.Function):
         from . import kernels
 
         x = x.contiguous()
-        out, mean, rstd = kernels.layer_norm(x, scale, shift, eps, one)
-        ctx.save_for_backward(x, scale, mean, rstd)
+        out, kept = kernels.layer_norm(x, scale, shift, eps, one)
+        ctx.save_for_backward(x, scale, kept)
         ctx.one = one
         return out
 
@@ -115,9 +115,9 @@ class FusedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from . import kernels
 
-        x, scale, mean, rstd = ctx.saved_tensors
+        x, scale, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = kernels.layer_norm_backward(x, scale, mean, rstd, grad.contiguous(), ctx.one, needs)
+        grads = kernels.layer_norm_backward(x, scale, kept, grad.contiguous(), ctx.one, needs)
         return *grads, None, None
 
 
