@@ -126,12 +126,11 @@ FUSED_WIDTH = "at most 16 KiB a row"
 
 def fuses_layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
     """Whether ``FusedLayerNorm`` takes these operands; whether their shapes fit is the caller's to see."""
-    if scale is None or shift is None:
-        alike = scale is shift
-    else:
-        alike = scale.dtype == shift.dtype and scale.dtype in FLOATS and scale.shape == shift.shape
-        alike = alike and scale.stride(-1) == shift.stride(-1) == 1
-    return eager_triton(x) and alike and x.numel() > 0 and x.shape[-1] * x.element_size() <= 2**14
+    takes_rows = eager_triton(x) and x.numel() > 0 and x.shape[-1] * x.element_size() <= 2**14
+    if not takes_rows or scale is None or shift is None:
+        return takes_rows and scale is shift
+    alike = scale.dtype == shift.dtype and scale.shape == shift.shape
+    return alike and scale.dtype in FLOATS and scale.stride(-1) == shift.stride(-1) == 1
 
 
 @layer_norm.on(
