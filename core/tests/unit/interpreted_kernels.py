@@ -16,8 +16,6 @@ CPU = torch.device("cpu")
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SERVED = ("adaln", "layer_norm", "swiglu")
 MULTIPROCESSORS = 3  # few, so that programs walk over several parts
-
-
 _patch = interpreter._patch_lang_tensor
 
 
