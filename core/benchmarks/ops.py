@@ -51,6 +51,7 @@ def rows() -> Iterator[Row]:
     yield Row("rms_norm", "32760x1536", lambda r: (r(*wan), r(WIDTH), 1e-6))
     yield Row("rms_norm", "4096x4096", lambda r: (r(*llama), r(LLAMA), 1e-5))
     yield Row("layer_norm", "32760x1536", lambda r: (r(*wan), r(WIDTH), r(WIDTH), 1e-6))
+    yield Row("layer_norm", "24000x1280", lambda r: (r(24000, 1280), r(1280), r(1280), 1e-5))
     yield Row("add_rms_norm", "4096x4096", lambda r: (r(*llama), r(*llama), r(LLAMA), 1e-5))
     yield Row("add_layer_norm", "32760x1536", lambda r: (r(*wan), r(*wan), r(WIDTH), r(WIDTH), 1e-6))
     yield Row("sum_of_squares", "32760x1536", lambda r: (r(*wan),))
@@ -65,6 +66,7 @@ def rows() -> Iterator[Row]:
     )
     yield Row("rope_interleaved", "32760x12x128", lambda r: (r(TOKENS, 1, 12, 128), *tables(r, TOKENS)))
     yield Row("adaln", "32760x1536", lambda r: (r(*wan), learnt(r(1, WIDTH)), learnt(r(1, WIDTH)), 1e-6))
+    yield Row("adaln", "768x16x3072", lambda r: (r(768, 16, 3072), r(16, 3072), r(16, 3072), 1e-6))
     yield Row("gated_add", "32760x1536", lambda r: (r(*wan), r(*wan), learnt(r(1, WIDTH))))
     yield Row(
         "cross_entropy",
@@ -116,6 +118,7 @@ def rows() -> Iterator[Row]:
         lambda r: (wide(r(11008, LLAMA)), r(LLAMA, 11008).detach(), r(LLAMA, LLAMA).detach()),
         2 * LLAMA * 11008 * LLAMA,
     )
+    yield Row("sum_rows", "24000x5120", lambda r: (r(24000, 5120).detach(),), moved=24000 * 5120 * 2)
     million = 2**20
     update = ops.Update(torch.ones((), device=devices.pick()), 1e-4, (0.9, 0.95), 1e-8, 0.1)
     yield Row(

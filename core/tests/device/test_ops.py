@@ -42,6 +42,25 @@ def test_every_op_of_its_own_kind_equals_its_formula(name, level, dtype):
         op_cases.CHECKS[name](devices.pick(), dtype, BOUND[dtype])
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(
+    ("shape", "affine"), [((6000, 1280), (1280,)), ((3000, 3, 1280), (3, 1280)), ((999, 4096), None)]
+)
+def test_norms_of_more_rows_than_programs_equal_their_formulas(shape, affine, dtype):
+    torch.manual_seed(0)
+    device = devices.pick()
+    operands = [torch.randn(s, dtype=dtype) for s in (shape, affine, affine) if s is not None]
+    grad, found = torch.randn(shape, dtype=dtype), []
+    for where, wide in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        xs = x, *rest = [y.to(where, wide).requires_grad_() for y in operands]
+        scale, shift = rest or (None, None)
+        with ops.at_level(2 if wide == dtype else 0):
+            y = ops.adaln(x, shift, scale, 1e-5) if len(shape) == 3 else ops.layer_norm(x, scale, shift, 1e-5)
+        tensors = (y, *torch.autograd.grad(y, xs, grad.to(where, wide)))
+        found.append({str(n): tensor.detach().cpu().double() for n, tensor in enumerate(tensors)})
+    assert_close(*found, BOUND[dtype])
+
+
 @pytest.mark.skipif(flash(), reason="flash-attn-4 is installed, and serves this GPU")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN is CUDA's")
 def test_pytorch_takes_cudnn_where_it_is_best():

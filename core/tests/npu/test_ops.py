@@ -51,12 +51,12 @@ def _check_at(name: str, level: int) -> tuple[set[str], set[str]]:
     for dtype, bound in BOUND.items():
         with ops.at_level(level):
             CHECKS[name](NPU, dtype, bound)
-    promised = {call for entry in ops.TABLE[name].entries["npu"] for call in entry.calls}
+    promised = {call for entry in ops.TABLE[name].entries.get("npu", ()) for call in entry.calls}
     return promised, {call.name.partition(".")[0] for call in CALLS}
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_each_op_of_its_own_kind_too(name: str) -> None:
     promised, made = run_on("npu", _check_at, 1, name, 1)[0]
-    assert promised <= made and (promised or name == "linear_cross_entropy")  # PyTorch's own, in parts
+    assert promised <= made and (promised or name in ("linear_cross_entropy", "sum_rows"))  # PyTorch's own
     assert not run_on("npu", _check_at, 1, name, 0)[0][1]

@@ -133,6 +133,52 @@ def test_an_npu_adds_products_of_the_documented_sizes(tokens, out, width, dtype,
     assert (fused is not None) == (dtype != torch.float32)
 
 
+def _norm(dtype=torch.bfloat16, rows=4, width=8, **other):
+    weight = torch.empty(width, dtype=other.get("weight", dtype))
+    return ops.layer_norm, (torch.empty(rows, width, dtype=dtype), weight, other.get("bias", weight), 1e-5)
+
+
+def _adaln(shape=(2, 8), wide=torch.float32):
+    shift = torch.empty(shape, dtype=wide)
+    return ops.adaln, (torch.empty(5, 2, 8, dtype=torch.bfloat16), shift, shift, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        (_norm(), True),
+        (_norm(torch.float64), False),
+        (_norm(width=8192), True),
+        (_norm(width=8193), False),
+        (_norm(torch.float32, width=8192), False),
+        (_norm(rows=0), False),
+        (_norm(bias=None), False),
+        (_norm(weight=torch.float32), False),
+        (_adaln(), True),
+        (_adaln(wide=torch.bfloat16), True),
+        (_adaln(wide=torch.float64), False),
+        (_adaln((1, 8)), False),
+        (_adaln((1, 2, 8)), False),
+        ((ops.sum_rows, (torch.empty(2048, 512, dtype=torch.bfloat16),)), True),
+        ((ops.sum_rows, (torch.empty(512, 2048, dtype=torch.bfloat16).T,)), False),
+        ((ops.sum_rows, (torch.empty(2048, 512, dtype=torch.bfloat16, requires_grad=True),)), False),
+        ((ops.sum_rows, (torch.empty(2047, 512, dtype=torch.bfloat16),)), False),
+        ((ops.sum_rows, (torch.empty(2048, 512),)), False),
+    ],
+)
+def test_triton_serves_what_its_kernels_are_for(asked, taken, monkeypatch) -> None:
+    monkeypatch.setattr(table, "has_triton", lambda: True)
+    op, operands = asked
+
+    def by_triton() -> bool:
+        entry = op.serving("cuda", *operands)
+        return entry is not None and entry.by == "triton"
+
+    assert by_triton() == taken
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not by_triton()
+
+
 def test_a_window_is_counts_or_minus_one() -> None:
     q = torch.ones(3, 2, 8)
     for level in (0, 2):

@@ -6,7 +6,7 @@ from .attention import ATTENTION, attention, full_attention
 from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
 from .gelu import join_gelu
-from .linear import PRODUCTS, Sum, accumulate_gradient, accumulate_product_, keeping_products, linear
+from .linear import PRODUCTS, Sum, accumulate_gradient, accumulate_product_, keeping_products, linear, sum_rows
 from .loss import cross_entropy, linear_cross_entropy
 from .low_rank import adapted_linear, add_low_rank
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
@@ -61,6 +61,7 @@ __all__ = [
     "rope_projected_",
     "rope_tables",
     "sum_of_squares",
+    "sum_rows",
     "swiglu",
     "unpermute_tokens",
 ]

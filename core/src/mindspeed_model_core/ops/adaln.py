@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .norm import layer_norm
+from .norm import FUSED_WIDTH, FusedLayerNorm, fuses_layer_norm, layer_norm
 from .table import op
 
 
@@ -21,6 +21,16 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Return ``x + y * gate`` in ``x``'s dtype."""
     return (x + y * gate).to(x.dtype)
+
+
+@adaln.on(
+    "cuda",
+    "triton",
+    when=f"fp16, bf16, fp32, modulations of any of these; {FUSED_WIDTH}",
+    takes=lambda x, shift, scale, eps: fuses_layer_norm(x, scale, shift) and scale.shape == x.shape[1:],
+)
+def _fused(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return FusedLayerNorm.apply(x, scale, shift, eps, 1.0)  # type: ignore[no-any-return]
 
 
 # torch_npu has no fused op that takes modulations of another type than x: there, both are what PyTorch makes of them.

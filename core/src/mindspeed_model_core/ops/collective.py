@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear import HALVES, Sum, accumulator, rows, weight_gradient
+from .linear import HALVES, Sum, accumulator, rows, sum_rows, weight_gradient
 from .table import op
 
 
@@ -163,7 +163,7 @@ class _Column(torch.autograd.Function):
             to_x = (how.scattered if ctx.tokens else how.summed)(flat, weight)
         if needs_weight:
             to_weight = weight_gradient(ctx.total, flat, rows(x) if gathering is None else gathering.wait())
-        to_bias = flat.sum(0) if needs_bias else None
+        to_bias = sum_rows(flat) if needs_bias else None
         return None if to_x is None else to_x.wait().view(ctx.shape), to_weight, to_bias, None, None, None
 
 

@@ -5,6 +5,9 @@ Each reads its operands once and writes its results once. Import it only where `
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,6 +54,158 @@ def _swiglu_backward(x, grad, out, width, BLOCK: tl.constexpr):  # type: ignore[
     s = tl.sigmoid(a)
     tl.store(out + row * 2 * width + at, g * b * s * (1 + a * (1 - s)), mask=here)
     tl.store(out + row * 2 * width + width + at, g * a * s, mask=here)
+
+
+def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, one: float) -> tuple[Tensor, Tensor]:
+    """Return ``normed * (one + scale) + shift`` of contiguous rows ``x [..., width]``, and what backward needs of them.
+
+    ``scale`` and ``shift``, both or neither, are ``[width]``, or ``[samples, width]`` where row ``i`` is of sample
+    ``i % samples``; they may be of other types than ``x``, and their rows apart. Of each row, its mean and
+    1 / deviation are kept, ``[rows, 2]`` in fp32.
+    """
+    cut = _Cut(x, scale)
+    out, kept = torch.empty_like(x), x.new_empty((cut.tokens * cut.samples, 2), dtype=torch.float32)
+    _layer_norm[cut.grid](x, scale, shift, out, kept, *cut.sizes, _stride(scale), _stride(shift), eps, one, **cut.tile)
+    return out, kept
+
+
+def layer_norm_backward(
+    x: Tensor, scale: Tensor | None, kept: Tensor, grad: Tensor, one: float, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of ``x``, ``scale`` and ``shift`` of ``layer_norm``, each where ``needs`` says so.
+
+    That of ``shift`` is of the type and shape of ``scale``.
+    """
+    cut, (needs_x, *needs_sums) = _Cut(x, scale), needs
+    to_x = torch.empty_like(x) if needs_x else None
+    sums = x.new_empty((sum(needs_sums), cut.parts, cut.samples, cut.width), dtype=torch.float32)
+    to_scale, to_shift = _given(sums, needs_sums)
+    _layer_norm_backward[cut.grid](
+        x, grad, scale, kept, to_x, to_scale, to_shift, *cut.sizes, _stride(scale), one, **cut.tile
+    )
+    if scale is None or not any(needs_sums):
+        return to_x, None, None
+    return to_x, *_given(sums.sum(1).to(scale.dtype).view(-1, *scale.shape), needs_sums)
+
+
+class _Cut:
+    """How rows are shared out: each of a grid's programs walks over its part of one sample's, some at a time.
+
+    Rows are whole in registers, 16 elements a thread. There are no more programs than the device holds at once: one
+    that waits for another's end would double the time.
+    """
+
+    def __init__(self, x: Tensor, scale: Tensor | None) -> None:
+        self.width = x.shape[-1]
+        self.samples = 1 if scale is None else scale.numel() // self.width
+        self.tokens = x.numel() // (self.samples * self.width)
+        block = triton.next_power_of_2(self.width)
+        some = max(_BLOCK // block, 1)
+        programs = _multiprocessors(x.device) * max(4 * _BLOCK // (some * block), 1)
+        self.parts = min(max(programs // self.samples, 1), triton.cdiv(self.tokens, some))
+        self.grid = (self.parts * self.samples,)
+        self.sizes = self.tokens, self.samples, self.width
+        self.tile = {"ROWS": some, "BLOCK": block, "num_warps": some * block // 512}
+
+
+def _stride(vectors: Tensor | None) -> int:
+    return 0 if vectors is None else vectors.stride(0)
+
+
+def _given(made: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    each = iter(made)
+    return [next(each) if needed else None for needed in needs]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _layer_norm(  # type: ignore[no-untyped-def]
+    x, scale, shift, out, kept, tokens, samples, width, scale_row, shift_row, eps, one,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, at = tl.program_id(0), tl.arange(0, BLOCK)
+    sample, wide = (program % samples).to(tl.int64), at < width
+    if scale is not None:
+        by = tl.load(scale + sample * scale_row + at, mask=wide, other=0.0).to(tl.float32) + one
+        to = tl.load(shift + sample * shift_row + at, mask=wide, other=0.0).to(tl.float32)
+    step = tl.num_programs(0) // samples * ROWS
+    for first in tl.range(program // samples * ROWS, tokens, step, num_stages=3):
+        token = first + tl.arange(0, ROWS).to(tl.int64)
+        row, there = token * samples + sample, token < tokens
+        place, here = (row * width)[:, None] + at[None, :], there[:, None] & wide[None, :]
+        a = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+        m = tl.sum(a, 1) / width
+        a = tl.where(here, a - m[:, None], 0.0)
+        r = tl.rsqrt(tl.sum(a * a, 1) / width + eps)
+        a *= r[:, None]
+        if scale is not None:
+            a = a * by[None, :] + to[None, :]
+        tl.store(out + place, a, mask=here)
+        tl.store(kept + 2 * row, m, mask=there)
+        tl.store(kept + 2 * row + 1, r, mask=there)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _layer_norm_backward(  # type: ignore[no-untyped-def]
+    x, grad, scale, kept, to_x, to_scale, to_shift, tokens, samples, width, scale_row, one,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, at = tl.program_id(0), tl.arange(0, BLOCK)
+    sample, wide = (program % samples).to(tl.int64), at < width
+    if scale is not None:
+        by = tl.load(scale + sample * scale_row + at, mask=wide, other=0.0).to(tl.float32) + one
+    sum_scale = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_shift = tl.zeros((ROWS, BLOCK), tl.float32)
+    step = tl.num_programs(0) // samples * ROWS
+    for first in tl.range(program // samples * ROWS, tokens, step, num_stages=3):
+        token = first + tl.arange(0, ROWS).to(tl.int64)
+        row, there = token * samples + sample, token < tokens
+        place, here = (row * width)[:, None] + at[None, :], there[:, None] & wide[None, :]
+        a = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+        g = tl.load(grad + place, mask=here, other=0.0).to(tl.float32)
+        m = tl.load(kept + 2 * row, mask=there, other=0.0)[:, None]
+        r = tl.load(kept + 2 * row + 1, mask=there, other=0.0)[:, None]
+        a = (a - m) * r
+        if to_scale is not None:
+            sum_scale += g * a
+        if to_shift is not None:
+            sum_shift += g
+        if to_x is not None:
+            if scale is not None:
+                g *= by[None, :]
+            g -= (tl.sum(g * a, 1) / width)[:, None] * a + (tl.sum(g, 1) / width)[:, None]
+            tl.store(to_x + place, g * r, mask=here)
+    if to_scale is not None:
+        tl.store(to_scale + program.to(tl.int64) * width + at, tl.sum(sum_scale, 0), mask=wide)
+    if to_shift is not None:
+        tl.store(to_shift + program.to(tl.int64) * width + at, tl.sum(sum_shift, 0), mask=wide)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Return the sum ``[width]`` of contiguous ``[rows, width]`` in its type, added up in fp32."""
+    rows, width = x.shape
+    tile = {"ROWS": 32, "BLOCK": 128}
+    columns = triton.cdiv(width, tile["BLOCK"])
+    parts = min(triton.cdiv(_multiprocessors(x.device) * 4, columns), triton.cdiv(rows, tile["ROWS"]))
+    sums = x.new_empty((parts, width), dtype=torch.float32)
+    _sum_rows[(columns, parts)](x, sums, rows, width, **tile, num_warps=4)
+    return sums.sum(0).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_rows(x, sums, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    wide = at < width
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.range(part * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=3):
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        place, here = (row * width)[:, None] + at[None, :], (row < rows)[:, None] & wide[None, :]
+        total += tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+    tl.store(sums + part.to(tl.int64) * width + at, tl.sum(total, 0), mask=wide)
 
 
 def turn(heads: list[Tensor], cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:

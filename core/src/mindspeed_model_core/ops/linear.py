@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .table import level, op
+from .table import eager_triton, level, op
 
 HALVES = (torch.float16, torch.bfloat16)
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -140,6 +140,26 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+@op
+def sum_rows(x: Tensor) -> Tensor:
+    """Return the sum ``[width]`` of ``[rows, width]``, for backward passes: some entries have no derivative."""
+    return x.sum(0)
+
+
+@sum_rows.on(
+    "cuda",
+    "triton",
+    when="fp16, bf16; a contiguous constant; 2^20 elements or more",  # below, PyTorch's one kernel is soon done
+    takes=lambda x: (
+        eager_triton(x) and x.dtype in HALVES and x.numel() >= 2**20 and x.is_contiguous() and not x.requires_grad
+    ),
+)
+def _cuda_sum_rows(x: Tensor) -> Tensor:
+    from . import kernels
+
+    return kernels.sum_rows(x)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x W^T + b`` for ``weight [out, in]``; its gradient goes where ``accumulate_gradient`` said."""
     total = accumulator(weight)
@@ -158,5 +178,5 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat = rows(grad)
         to_x = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        to_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        to_bias = sum_rows(flat) if ctx.needs_input_grad[2] else None
         return to_x, weight_gradient(ctx.total, flat, rows(x)), to_bias, None

@@ -53,7 +53,7 @@ class _Adapted(torch.autograd.Function):
         ctx.places = places
         ctx.save_for_backward(weight, low, b)
         y = F.linear(x, weight, bias)
-        flat = y.view(-1, y.shape[-1])
+        flat = y.view(low.shape[:-1].numel(), y.shape[-1])
         for (first, count), z, factor in _pairs(rows(low), b, places):
             flat[:, first : first + count].addmm_(z, factor.T)
         return y
@@ -69,7 +69,7 @@ class _Adapted(torch.autograd.Function):
             mine = flat[:, first : first + count]
             torch.mm(mine, factor, out=to_z)
             torch.mm(mine.T, z, out=to_factor)
-        to_x = (flat @ weight).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        to_x = (flat @ weight).view(*grad.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
         return to_x, None, None, to_low.view(low.shape), to_b, None
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .table import FLOATS, op
+from .table import FLOATS, eager_triton, op
 
 Pair = tuple[Tensor, Tensor]
 
@@ -94,6 +95,54 @@ rms_norm_given.compiled_on("cuda")
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Return ``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dim, statistics in fp32 or wider."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+class FusedLayerNorm(torch.autograd.Function):
+    """Layer norm, times ``one + scale``, plus ``shift``; both are ``[width]``, or as the last dims of ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, one: float) -> Tensor:
+        from . import kernels
+
+        x = x.contiguous()
+        out, kept = kernels.layer_norm(x, scale, shift, eps, one)
+        ctx.save_for_backward(x, scale, kept)
+        ctx.one = one
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from . import kernels
+
+        x, scale, kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = kernels.layer_norm_backward(x, scale, kept, grad.contiguous(), ctx.one, needs)
+        return *grads, None, None
+
+
+FUSED_WIDTH = "at most 16 KiB a row"
+
+
+def fuses_layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
+    """Whether ``FusedLayerNorm`` takes these operands; whether their shapes fit is the caller's to see."""
+    takes_rows = eager_triton(x) and x.numel() > 0 and x.shape[-1] * x.element_size() <= 2**14
+    if not takes_rows or scale is None or shift is None:
+        return takes_rows and scale is shift
+    alike = scale.dtype == shift.dtype and scale.shape == shift.shape
+    return alike and scale.dtype in FLOATS and scale.stride(-1) == shift.stride(-1) == 1
+
+
+@layer_norm.on(
+    "cuda",
+    "triton",
+    when=f"fp16, bf16, fp32; scale and shift of the same type, or neither; {FUSED_WIDTH}",
+    takes=lambda x, weight, bias, eps: (
+        fuses_layer_norm(x, weight, bias) and (weight is None or weight.dtype == x.dtype)
+    ),
+)
+def _fused_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return FusedLayerNorm.apply(x, weight, bias, eps, 0.0)  # type: ignore[no-any-return]
 
 
 layer_norm.compiled_on("cuda")  # torch_npu serves the reference by one kernel

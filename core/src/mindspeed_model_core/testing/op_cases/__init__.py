@@ -17,6 +17,7 @@ from .case import Case, check, run, wanted
 CASES: tuple[Case, ...] = (
     *norm.CASES,
     *activation.CASES,
+    *linear.CASES,
     *rope.CASES,
     *adaln.CASES,
     *loss.CASES,
@@ -30,6 +31,7 @@ CHECKS: dict[str, Callable[[torch.device, torch.dtype, float], None]] = {
     "adamw_": adamw.check_adamw_,
     "ema_adamw_": adamw.check_ema_adamw_,
     "linear_cross_entropy": loss.check_linear_cross_entropy,
+    "sum_rows": linear.check_sum_rows,
 }
 
 __all__ = ["CASES", "CHECKS", "Case", "check", "run", "wanted"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -20,8 +20,9 @@ class Case:
 
     ``operands`` are made by ``draw`` in fp32; those of floating point are cast to the type under test and get
     gradients. ``rest`` follows them in the call, moved to the device where it holds tensors. ``formula`` is called
-    alike, in fp64 on the CPU. ``only`` are the types that the op is for, if not all, and ``reference_on`` the
-    kinds of device that have entries none of which takes these operands.
+    alike, in fp64 on the CPU. ``wide`` are the positions of operands that are fp32 at least, ``constant`` of those
+    that get no gradients. ``only`` are the types that the op is for, if not all, and ``reference_on`` the kinds of
+    device that have entries none of which takes these operands.
     """
 
     op: Op[Any, Any]
@@ -30,11 +31,23 @@ class Case:
     formula: Callable[..., Any]
     rest: tuple[Any, ...] = ()
     named: dict[str, Any] = field(default_factory=dict)
+    wide: tuple[int, ...] = ()
+    constant: tuple[int, ...] = ()
     only: tuple[torch.dtype, ...] = ()
     reference_on: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.op.name}-{self.name}"
+
+    def cast(self, device: torch.device | None, dtype: torch.dtype) -> list[Tensor]:
+        """Return the operands on a device, in the type under test."""
+        return [self._cast(n, x, device, dtype) for n, x in enumerate(self.operands)]
+
+    def _cast(self, n: int, x: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+        if not x.is_floating_point():
+            return x.to(device)
+        wanted = torch.promote_types(dtype, torch.float32) if n in self.wide else dtype
+        return x.detach().to(device, wanted).requires_grad_(n not in self.constant)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -52,30 +65,35 @@ class Outcome:
 
 def serving(case: Case, kind: str, dtype: torch.dtype) -> Entry | None:
     """Return what would serve a case in a type on a kind of device, which need not be here."""
-    operands = [_cast(x, torch.device("cpu"), dtype) for x in case.operands]
+    operands = case.cast(torch.device("cpu"), dtype)
     return case.op.serving(kind, *operands, *case.rest, **case.named)
 
 
-def run(case: Case, device: torch.device, dtype: torch.dtype) -> Outcome:
-    """Compute an op and its gradients on a device. Raises AssertionError if a value's type is not the reference's."""
-    operands = [_cast(x, device, dtype) for x in case.operands]
+def run(case: Case, device: torch.device, dtype: torch.dtype, kind: str | None = None) -> Outcome:
+    """Compute an op and its gradients on a device, by what serves it there or on another ``kind`` of device.
+
+    Raises AssertionError if a value's type is not the reference's.
+    """
+    operands = case.cast(device, dtype)
     rest = [_moved(x, device) for x in case.rest]
-    entry = case.op.serving(device.type, *operands, *rest, **case.named)
-    made = case.op(*operands, *rest, **case.named)
+    entry = case.op.serving(kind or device.type, *operands, *rest, **case.named)
+    function = case.op if kind is None else case.op.reference if entry is None else entry.function
+    made = function(*operands, *rest, **case.named)
     types, right = [x.dtype for x in _listed(made)], _types(case, dtype)
     assert types == right, f"values are {types}, the reference's {right}"
     return Outcome(entry, _differentiate(made, operands))
 
 
 def _types(case: Case, dtype: torch.dtype) -> list[torch.dtype]:
-    operands = [_cast(x, torch.device("cpu"), dtype) for x in case.operands]
+    operands = case.cast(torch.device("cpu"), dtype)
     with torch.no_grad(), at_level(0):
         return [x.dtype for x in _listed(case.op(*operands, *case.rest, **case.named))]
 
 
 def wanted(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the formula's values and gradients in fp64, for operands rounded to ``dtype``."""
-    operands = [_cast(_cast(x, torch.device("cpu"), dtype).detach(), None, torch.float64) for x in case.operands]
+    rounded = replace(case, operands=tuple(case.cast(torch.device("cpu"), dtype)))
+    operands = rounded.cast(None, torch.float64)
     return _differentiate(case.formula(*operands, *case.rest, **case.named), operands)
 
 
@@ -84,12 +102,6 @@ def check(case: Case, device: torch.device, dtype: torch.dtype, bound: float) ->
     found = run(case, device, dtype)
     assert_close(found.tensors, wanted(case, dtype), bound)
     return found
-
-
-def _cast(x: Tensor, device: torch.device | None, dtype: torch.dtype) -> Tensor:
-    if not x.is_floating_point():
-        return x.to(device)
-    return x.to(device, dtype).requires_grad_()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

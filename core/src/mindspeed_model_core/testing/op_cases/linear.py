@@ -1,4 +1,4 @@
-"""Products added up in a wider type than that of their operands: in place."""
+"""Sums of products and of rows, and linear maps with adapters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 from ... import ops
 from ..tolerance import assert_close
-from .case import draw
+from .case import Case, draw
 
 SIZES = ((37, 7, 5), (1, 24, 16), (257, 96, 80), (4, 65536, 1), (4, 1, 65536), (0, 7, 5))
 """Tokens, and the two widths of the sum."""
+ROWS = ((0, 5), (3, 7), (9000, 300), (9, 120001))
+"""Rows of a sum, and their width."""
 HALVES = (torch.bfloat16, torch.float16)
 EXACT = 2e-5
 
@@ -35,14 +37,43 @@ def check_accumulate_product_(device: torch.device, dtype: torch.dtype, bound: f
 
 
 def _adapted(
-    x: Tensor, low: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, places: tuple[tuple[int, int], ...]
+    x: Tensor, weight: Tensor, bias: Tensor, low: Tensor, b: Tensor, places: tuple[tuple[int, int], ...]
 ) -> Tensor:
-    y = x @ weight.to(x.dtype).T + (0 if bias is None else bias.to(x.dtype))
-    rank, at = b.shape[1], 0
+    y, rank, at = x @ weight.T + bias, b.shape[1], 0
     for number, (first, count) in enumerate(places):
-        z = low[..., number * rank :][..., :rank]
-        columns = torch.zeros(count, y.shape[-1], dtype=y.dtype)
-        columns[:, first : first + count] = torch.eye(count)
-        y = y + z @ b[at : at + count].T @ columns
+        spread = torch.zeros(count, y.shape[-1], dtype=y.dtype)
+        spread[:, first : first + count] = torch.eye(count)
+        y = y + low[..., number * rank : (number + 1) * rank] @ b[at : at + count].T @ spread
         at += count
     return y
+
+
+RANK = 3
+CASES = tuple(
+    Case(
+        ops.adapted_linear,
+        f"{'x'.join(map(str, shape))}-{number}",
+        (
+            draw(*shape, 16),
+            draw(24, 16),
+            draw(24),
+            draw(*shape, RANK * len(places)),
+            draw(sum(count for _, count in places), RANK),
+        ),
+        _adapted,
+        (places,),
+        constant=(1, 2),
+    )
+    for shape in ((70,), (7, 2), (0, 2))
+    for number, places in enumerate((((0, 24),), ((0, 8), (8, 8), (16, 8)), ((8, 8),)))
+)
+
+
+def check_sum_rows(device: torch.device, dtype: torch.dtype, bound: float) -> None:
+    """Hold sums of rows against those in fp64; every entry's type, few rows and many, and any width."""
+    for kind in HALVES if dtype in HALVES else (dtype,):
+        for shape in ROWS:
+            x = draw(*shape).to(kind)
+            found = ops.sum_rows(x.to(device))
+            assert found.dtype == kind
+            assert_close({str(shape): found.cpu().double()}, {str(shape): x.double().sum(0)}, bound)

@@ -74,6 +74,12 @@ CASES = (
     ),
     *(Case(ops.layer_norm, _name(s), (draw(*s), *_vectors(s, 2)), _layer, (EPS,)) for s in SHAPES),
     Case(ops.layer_norm, "no parameters", (draw(7, 3, 130),), _layer, (None, None, EPS)),
+    Case(ops.layer_norm, "40x1280", (draw(40, 1280), *_vectors((1280,), 2)), _layer, (EPS,)),
+    Case(ops.layer_norm, "turned round", (draw(96, 70).T, *_vectors((96,), 2)), _layer, (EPS,)),
+    Case(ops.layer_norm, "constant parameters", (draw(70, 96), *_vectors((96,), 2)), _layer, (EPS,), constant=(1, 2)),
+    Case(
+        ops.layer_norm, "learning a shift alone", (draw(70, 96), *_vectors((96,), 2)), _layer, (EPS,), constant=(0, 1)
+    ),
     *(
         Case(ops.add_layer_norm, _name(s), (draw(*s), draw(*s, seed=1), *_vectors(s, 2)), _add_layer, (EPS,))
         for s in SHAPES

@@ -1,0 +1,48 @@
+"""Holds what Triton serves on CUDA against the formulas, by Triton's interpreter; prints what it has held.
+
+Run with TRITON_INTERPRET=1.
+"""
+
+from typing import Any
+
+import torch
+from mindspeed_model_core.ops import kernels
+from mindspeed_model_core.testing.op_cases import CASES, linear, run, wanted
+from mindspeed_model_core.testing.op_cases.case import draw, serving
+from mindspeed_model_core.testing.tolerance import assert_close
+from triton.runtime import interpreter
+
+CPU = torch.device("cpu")
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+SERVED = ("adaln", "layer_norm", "swiglu")
+MULTIPROCESSORS = 3  # few, so that programs walk over several parts
+_patch = interpreter._patch_lang_tensor
+
+
+def _patch_bounds(tensor: Any, scope: Any) -> None:
+    """Let loops have bounds that are no constants: of one element's array, NumPy from 2.4 on makes no int."""
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def main() -> None:
+    """Run all cases."""
+    interpreter._patch_lang_tensor = _patch_bounds
+    kernels._multiprocessors = lambda device: MULTIPROCESSORS
+    for dtype, bound in BOUND.items():
+        for case in CASES:
+            if case.op.name in SERVED and case.operands[0].numel():
+                entry = serving(case, "cuda", dtype)
+                assert entry is not None and entry.calls == ("triton",), case
+                assert_close(run(case, CPU, dtype, kind="cuda").tensors, wanted(case, dtype), bound)
+                print(case)
+    for rows, width in linear.ROWS:
+        if rows:
+            x = draw(rows, width).bfloat16()
+            found, want = kernels.sum_rows(x), x.double().sum(0)
+            assert_close({"sum_rows": found.double()}, {"sum_rows": want}, BOUND[x.dtype])
+            print(f"sum_rows-{rows}x{width}")
+
+
+if __name__ == "__main__":
+    main()
