@@ -23,15 +23,21 @@ from .norm import RMSNorm
 class WholeAttention(nn.Module, ContextShared):
     """Attention of every token to every other, whoever holds them; what makes q, k and v is a subclass's."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+    def own(self, tables: Tables) -> Tables:
+        """Return this rank's part of rotary tables of all tokens, in the order in which ranks hold them."""
+        if self.cp is None:
+            return tables
+        cos, sin = (table.narrow(0, *self.cp.share(len(table))) for table in tables)
+        return cos, sin
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
         """Return ``[tokens, batch, heads * width]`` of this rank's ``[tokens, batch, heads, width]``.
 
-        ``tables`` turn q and k; they are of all tokens, in the order in which ranks hold them.
+        q and k are turned; ``tokens`` are those of all ranks.
         """
-        tokens = len(tables[0])
         if self.cp is not None:
             q, k, v = self.cp.to_heads(torch.stack((q, k, v), 2), tokens).unbind(2)
-        y = ops.full_attention(ops.rope_interleaved(q, *tables), ops.rope_interleaved(k, *tables), v)
+        y = ops.full_attention(q, k, v)
         if self.cp is not None:
             y = self.cp.to_tokens(y, tokens)
         return y.flatten(-2)
@@ -50,9 +56,10 @@ class SelfAttention(WholeAttention):
 
     def forward(self, x: Tensor, tables: Tables) -> Tensor:
         """Map ``[tokens, batch, width]`` to the same shape; ``tables`` are of all tokens, whoever holds them."""
-        q, k, v = self.qkv(x).chunk(3, -1)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.q_norm(q), self.k_norm(k), v))
-        return self.out(self.attend(q, k, v, tables))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x).chunk(3, -1))
+        own = self.own(tables)
+        q, k = self.q_norm.turned(q, own), self.k_norm.turned(k, own)
+        return self.out(self.attend(q, k, v, len(tables[0])))
 
 
 class CrossAttention(nn.Module):

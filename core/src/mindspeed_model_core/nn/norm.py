@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.rope import Tables
 from ..parallel.placement import Placement
 from ..parallel.tensor import TensorParallel
 
@@ -38,6 +39,12 @@ class RMSNorm(nn.Module):
             return ops.rms_norm(x, self.weight, self.eps)
         square = self.tp.sum_features(ops.sum_of_squares(x))
         return ops.rms_norm_given(x, square / self.width, self.weight, self.eps)
+
+    def turned(self, heads: Tensor, tables: Tables) -> Tensor:
+        """Normalise ``heads [tokens, batch, heads, width]`` and turn them by these tokens' rotary tables."""
+        if self.tp is None or self.unit is None:
+            return ops.norm_rope(heads, self.weight, *tables, self.eps)
+        return ops.rope_interleaved(self(heads.flatten(-2)).unflatten(-1, heads.shape[-2:]), *tables)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x + residual`` normalised, and the sum; both are ``[..., width]``."""

@@ -11,7 +11,7 @@ from .loss import cross_entropy, linear_cross_entropy
 from .low_rank import adapted_linear, add_low_rank
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
 from .ring import attention_backward, attention_with_lse, merge_attention
-from .rope import grid_rope_tables, rope, rope_interleaved, rope_projected_, rope_tables
+from .rope import grid_rope_tables, norm_rope, rope, rope_interleaved, rope_projected_, rope_tables
 from .swiglu import swiglu
 from .table import TABLE, Entry, Op, at_level, level, op
 
@@ -52,6 +52,7 @@ __all__ = [
     "matmul_all_reduce",
     "matmul_reduce_scatter",
     "merge_attention",
+    "norm_rope",
     "op",
     "permute_tokens",
     "rms_norm",

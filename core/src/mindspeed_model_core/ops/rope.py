@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear import keeps_products
+from .norm import rms_norm
 from .table import FLOATS, compiled, eager_triton, op
 
 Tables = tuple[Tensor, Tensor]
@@ -57,6 +58,20 @@ def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), -1).flatten(-2)
     return (x * cos.view(shape) + turned * sin.view(shape)).to(x.dtype)
+
+
+@op
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Return ``rope_interleaved(rms_norm(x))`` of heads ``x [tokens, batch, heads, dim]``.
+
+    Each head is normed alone by a ``weight [dim]``, or all of a token together by one ``[heads * dim]``.
+    """
+    return rope_interleaved.reference(_normed(rms_norm.reference, x, weight, eps), cos, sin)
+
+
+def _normed(norm: Callable[..., Tensor], x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    alone = weight.shape[0] == x.shape[-1]
+    return norm(x, weight, eps) if alone else norm(x.flatten(-2), weight, eps).unflatten(-1, x.shape[-2:])
 
 
 def _kernel_turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -141,6 +156,20 @@ def _as_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 rope.compiled_on("cuda")
 rope_interleaved.compiled_on("cuda")
+norm_rope.compiled_on("cuda")
+
+
+@norm_rope.on("cpu", "")
+@norm_rope.on(
+    "npu",
+    "npu_rms_norm npu_rms_norm_backward npu_rotary_mul npu_rotary_mul_backward",
+    when="fp16, bf16, fp32; scale of the same type; constant tables; dim below 896, fewer than 1000 heads in all",
+    takes=lambda x, weight, cos, sin, eps: (
+        weight.dtype == x.dtype and _kernel_turns(x, cos, sin) and math.prod(x.shape[1:-1]) < 1000
+    ),
+)
+def _in_turn(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return rope_interleaved(_normed(rms_norm, x, weight, eps), cos, sin)
 
 
 @op

@@ -38,16 +38,19 @@ class JointAttention(layers.WholeAttention):
 
     def forward(self, text: Tensor, image: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """Map both ``[tokens, batch, width]`` to the same shapes; ``tables`` are of all text, then all image tokens."""
-        of_text = self._heads(self.text_qkv(text), self.text_q_norm, self.text_k_norm)
-        of_image = self._heads(self.qkv(image), self.q_norm, self.k_norm)
+        text, image = self.text_qkv(text), self.qkv(image)
+        texts, own = len(text), self.own(tables)
+        of_text = self._heads(text, self.text_q_norm, self.text_k_norm, (own[0][:texts], own[1][:texts]))
+        of_image = self._heads(image, self.q_norm, self.k_norm, (own[0][texts:], own[1][texts:]))
         q, k, v = (torch.cat(pair) for pair in zip(of_text, of_image, strict=True))
-        y = self.attend(q, k, v, tables)
-        texts = len(of_text[0])
+        y = self.attend(q, k, v, len(tables[0]))
         return self.text_out(y[:texts]), self.out(y[texts:])
 
-    def _heads(self, qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, qkv: Tensor, q_norm: layers.HeadNorm, k_norm: layers.HeadNorm, tables: Tables
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.chunk(3, -1))
-        return q_norm(q), k_norm(k), v
+        return q_norm.turned(q, tables), k_norm.turned(k, tables), v
 
 
 class DoubleBlock(nn.Module):
@@ -102,7 +105,8 @@ class SingleBlock(layers.WholeAttention):
         own = mixed.shape[-1] // 7  # the feed-forward is four times as wide as q, k and v each
         *qkv, up = mixed.split((own, own, own, 4 * own), -1)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
-        y = self.attend(self.q_norm(q), self.k_norm(k), v, tables)
+        own = self.own(tables)
+        y = self.attend(self.q_norm.turned(q, own), self.k_norm.turned(k, own), v, len(tables[0]))
         return ops.gated_add(x, self.out_down(ops.join_gelu(y, up)), gate)
 
 

@@ -52,6 +52,23 @@ def _interleaved_case(*shape: int, apart: tuple[str, ...] = ()) -> Case:
     )
 
 
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    dims = (-1,) if len(weight) == x.shape[-1] else (-2, -1)
+    normed = x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+    return _interleaved(normed * weight.view(x.shape[dims[0] :]), cos, sin)
+
+
+def _norm_rope_case(together: bool, *shape: int, apart: tuple[str, ...] = ()) -> Case:
+    return Case(
+        ops.norm_rope,
+        f"{'x'.join(map(str, shape))}{', heads together' if together else ''}",
+        (draw(*shape), draw(shape[-1] * (shape[-2] if together else 1), seed=1)),
+        _norm_rope,
+        (*_tables(shape[0], shape[-1], True), 1e-2),
+        reference_on=apart,
+    )
+
+
 def _projected(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
     q, k, v = x.split((x.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
     return _half(q, cos, sin), _half(k, cos, sin), v
@@ -65,6 +82,12 @@ def _projected_case(kv_heads: int, *shape: int) -> Case:
 
 
 CASES = (
+    *(
+        _norm_rope_case(together, *shape)
+        for together in (False, True)
+        for shape in ((70, 2, 3, 64), (33, 1, 12, 80), (0, 2, 4, 64))
+    ),
+    _norm_rope_case(False, 3, 25, 40, 4, apart=("npu",)),
     *(_projected_case(*shape) for shape in ((3, 70, 9, 64), (2, 33, 12, 80), (1, 1, 3, 2), (2, 0, 8, 64))),
     *(_half_case(*shape) for shape in ((70, 3, 64), (33, 10, 80), (7, 2, 128), (1, 1, 2), (0, 4, 64), (3, 999, 4))),
     *(_half_case(*shape, apart=("npu",)) for shape in ((3, 1000, 4), (3, 2, 896))),
