@@ -30,7 +30,7 @@ def loss(net: nn.Module, batch: Batch, count: int) -> Tensor:
     rows, columns = (side // 2 for side in batch["x"].shape[2:])
     cells = (torch.arange(size, device=device) for size in (1, rows, columns))
     out = net(
-        hidden_states=pack(batch["x"].to(kind)).transpose(0, 1),
+        hidden_states=pack(batch["x"].to(kind)).transpose(0, 1).contiguous(),
         encoder_hidden_states=batch["text"].to(kind),
         pooled_projections=batch["pooled"].to(kind),
         timestep=batch["time"] / 1000,
