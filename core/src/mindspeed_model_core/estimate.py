@@ -32,7 +32,8 @@ class Memory:
 
     ``weights`` is what the forward pass computes with, ``optimizer`` AdamW's two moments and, where they are not the
     weights themselves, the master weights. ``activations`` is what blocks keep for backward over the micro-batches in
-    flight, ``head`` the same for what follows the last block, with one fp32 gradient of its largest tensor.
+    flight, ``head`` the same for what follows the last block, with one fp32 gradient of its largest tensor. ``overlap``
+    is what of all this is not there at once: gradients of a single micro-batch come while its activations go.
     """
 
     weights: int
@@ -40,11 +41,12 @@ class Memory:
     optimizer: int
     activations: int
     head: int
+    overlap: int = 0
 
     @property
     def total(self) -> int:
-        """Return the sum."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        """Return the most that is there at once."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head - self.overlap
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,12 @@ class Estimate:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(style="bold")
         table.add_column(justify="right")
-        for name in ("weights", "gradients", "optimizer", "activations", "head", "total"):
-            table.add_row(name, f"{getattr(self.memory, name) / GIB:,.2f} GiB")
+        for name in ("weights", "gradients", "optimizer", "activations", "head", "overlap", "total"):
+            size = getattr(self.memory, name) / GIB
+            if name != "overlap":
+                table.add_row(name, f"{size:,.2f} GiB")
+            elif size:
+                table.add_row("not at once", f"-{size:,.2f} GiB")
         return table
 
 
@@ -430,7 +436,19 @@ def _stage(
         activations=flight * kept + max((k.kept - s for k, s in zip(kinds[:again], spared, strict=True)), default=0),
         head=a.last if last else 0,
     )
-    return memory
+    if not _gradients_come_late(recipe, replicas, spread):
+        return memory
+    # The last gradients come while the first block's activations are still there.
+    return replace(memory, overlap=max(0, min(memory.gradients, memory.activations + memory.head - kinds[0].kept)))
+
+
+def _gradients_come_late(recipe: Recipe, replicas: int, spread: bool) -> bool:
+    """Whether no gradient is there before backward: of one micro-batch, and not added up in memory of their own."""
+    if _accumulates(recipe, replicas):
+        return False
+    if recipe.parallel.shard != "none" and spread:
+        return True
+    return replicas == 1 and COMPUTE[recipe.precision] == MASTER[recipe.precision]
 
 
 def _states(
@@ -458,9 +476,12 @@ def _states(
     gathered = whole
     if shard == "zero3":
         gathered = sum(sorted((_count(b) for b in blocks), reverse=True)[:2]) + _count(rest)
-    accumulates = recipe.global_batch > recipe.micro_batch * replicas // recipe.parallel.cp
-    gradients = master * own + (max(master, 4) * learned if shard == "zero1" and accumulates else 0)
+    gradients = master * own + (max(master, 4) * learned if shard == "zero1" and _accumulates(recipe, replicas) else 0)
     return Memory(compute * gathered + frozen, gradients, (3 * master + average) * own, 0, 0)
+
+
+def _accumulates(recipe: Recipe, replicas: int) -> bool:
+    return recipe.global_batch > recipe.micro_batch * replicas // recipe.parallel.cp
 
 
 def _count_shares(parameters: Iterable[Tensor], replicas: int) -> int:

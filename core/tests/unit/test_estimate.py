@@ -122,6 +122,32 @@ def test_what_is_kept_of_recomputed_blocks_is_counted(tp: int) -> None:
     assert products - attention == (C.layers - 1) * 4 * TOKENS * rows
 
 
+@pytest.mark.parametrize(("recompute", "micro"), [("none", 8), ("all", 8), ("all", 1)])
+def test_gradients_of_one_micro_batch_come_as_its_activations_go(recompute: str, micro: int) -> None:
+    memory = plan(recompute=recompute, micro_batch=micro, global_batch=micro).memory
+    held = memory.activations + memory.head
+    first = 4 * block_bytes(4) * micro // 8  # TOKENS are those of two samples
+    assert memory.overlap > 0
+    assert memory.total - memory.weights - memory.optimizer == max(held, memory.gradients + first)
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (1, {"global_batch": 4}),
+        (1, {"global_batch": 2, "precision": "bf16"}),
+        (2, {"global_batch": 4}),
+        (2, {"global_batch": 8, "parallel": {"shard": "zero2"}}),
+    ],
+)
+def test_gradients_that_are_added_up_are_there_all_along(world: int, changes: dict[str, Any]) -> None:
+    assert plan(world, **changes).memory.overlap == 0
+
+
+def test_shards_of_gradients_come_late() -> None:
+    assert plan(2, global_batch=4, parallel={"shard": "zero2"}).memory.overlap > 0
+
+
 def test_as_few_blocks_run_again_as_memory_lets() -> None:
     recipe = ToyRecipe(preset="tiny", precision="fp32", global_batch=8, micro_batch=2, recompute="auto")
     needs = [plan(recompute=count).memory.total for count in range(C.layers + 1)]
@@ -225,7 +251,7 @@ def test_title_and_table_say_what_it_is_for() -> None:
     got = plan(8, parallel={"tp": 2, "pp": 2})
     assert got.title.startswith("memory per device on 8 devices: tp 2 x pp 2 x dp 2, stage 0 of 0-1")
     assert got.table().row_count == 6
-    assert got.memory.total == sum(vars(got.memory).values())
+    assert got.memory.total == sum(vars(got.memory).values()) - 2 * got.memory.overlap
 
 
 def test_plain_formulas_are_estimated_as_such() -> None:
