@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .errors import UserError
@@ -151,14 +151,13 @@ class Trunk(nn.Module, ABC):
 
     def run(self, step: Callable[..., State], batch: Batch, context: Context, state: State | None) -> Tensor | State:
         """Run what this process holds, its blocks by ``step``, given a batch's Context."""
-        again = partial(_keeping_products, step) if self.recompute_keep == "products" else step
         if state is None:
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):
             if index < self.recompute and torch.is_grad_enabled():
-                state = checkpoint(
-                    again, index, block, state, context, use_reentrant=False, **_policy(self.recompute_keep)
-                )
+                # What draws at random in a block does so by its Noise: PyTorch's own state need not be the same again.
+                how = {"use_reentrant": False, "preserve_rng_state": False, **_policy(self.recompute_keep)}
+                state = checkpoint(step, index, block, state, context, **how)
             else:
                 state = step(index, block, state, context)
         return self.finish(state, context) if self.is_last else state
@@ -179,21 +178,10 @@ def _uncompiled(step: Callable[..., State], index: int, block: nn.Module, state:
         block._compiled_call_impl = held
 
 
-def _keeping_products(
-    step: Callable[..., State], index: int, block: nn.Module, state: State, context: Context
-) -> State:
-    with ops.keeping_products():
-        return step(index, block, state, context)
-
-
 def _policy(keep: str) -> dict[str, Any]:
     if keep == "nothing":
         return {}
     if keep == "attention" and not ops.level():
         raise UserError(NOTHING_TO_KEEP)
-    kept = ops.ATTENTION if keep == "attention" else ops.ATTENTION | ops.PRODUCTS
-
-    def choose(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return {"context_fn": partial(create_selective_checkpoint_contexts, choose)}
+    names = ops.ATTENTION if keep == "attention" else ops.ATTENTION | ops.PRODUCTS
+    return {"context_fn": partial(ops.checkpointed, names)}

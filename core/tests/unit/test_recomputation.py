@@ -6,6 +6,7 @@ from mindspeed_model_core import ops
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.testing import toy
 from mindspeed_model_core.testing.recomputation import BLOCKS, LENGTHS, attend, check_kept
+from torch.utils.checkpoint import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -13,6 +14,20 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("documents", LENGTHS)
 def test_attention_can_be_kept(documents) -> None:
     check_kept(documents, CPU, torch.float32)
+
+
+def test_what_is_kept_and_then_overwritten_is_not_taken_for_the_result() -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = ops.keeping(torch.nn.functional.linear, x, torch.ones(3, 4))
+        z = y.sin()
+        with torch.no_grad():
+            y.add_(1)
+        return z
+
+    x = torch.ones(2, 4, requires_grad=True)
+    z = checkpoint(run, x, use_reentrant=False, context_fn=lambda: ops.checkpointed(ops.PRODUCTS))
+    with pytest.raises(RuntimeError, match="was overwritten"):
+        z.sum().backward()
 
 
 def test_plain_formulas_have_no_result_of_attention_to_keep() -> None:

@@ -64,6 +64,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[tokens, ..., in]`` to ``[tokens, ..., out]``; under TP one of the two is this rank's share."""
+        return ops.keeping(self._map, x)
+
+    def _map(self, x: Tensor) -> Tensor:
         if self.lora is None:
             return self._project(x)
         added = self.lora(x)

@@ -6,7 +6,8 @@ from .attention import ATTENTION, attention, full_attention
 from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
 from .gelu import join_gelu
-from .linear import PRODUCTS, Sum, accumulate_gradient, accumulate_product_, keeping_products, linear, sum_rows
+from .keep import checkpointed, keeping
+from .linear import PRODUCTS, Sum, accumulate_gradient, accumulate_product_, linear, sum_rows
 from .loss import cross_entropy, linear_cross_entropy
 from .low_rank import adapted_linear, add_low_rank
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_given, sum_of_squares
@@ -34,6 +35,7 @@ __all__ = [
     "all_gather_matmul",
     "at_level",
     "attention",
+    "checkpointed",
     "column_matmul",
     "attention_backward",
     "attention_with_lse",
@@ -44,7 +46,7 @@ __all__ = [
     "grid_rope_tables",
     "grouped_matmul",
     "join_gelu",
-    "keeping_products",
+    "keeping",
     "layer_norm",
     "level",
     "linear",

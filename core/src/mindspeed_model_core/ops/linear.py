@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,26 +15,6 @@ _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _TOTAL = "accumulator"
 PRODUCTS = frozenset("aten::mm aten::addmm aten::linear".split())
 """The operators, as the dispatcher names them, that layers' products run by."""
-_keeps_products = False
-
-
-@contextmanager
-def keeping_products() -> Iterator[None]:
-    """Let nothing overwrite a product inside the context: it is kept for when its block runs again.
-
-    It holds for the process, as ``at_level`` does.
-    """
-    global _keeps_products
-    before, _keeps_products = _keeps_products, True
-    try:
-        yield
-    finally:
-        _keeps_products = before
-
-
-def keeps_products() -> bool:
-    """Whether products must stay as they are."""
-    return _keeps_products
 
 
 @op

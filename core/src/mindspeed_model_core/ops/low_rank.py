@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import keeps_products, rows
+from .keep import keeps
+from .linear import PRODUCTS, rows
 from .table import op
 
 Places = tuple[tuple[int, int], ...]
@@ -76,7 +77,7 @@ class _Adapted(torch.autograd.Function):
 def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, places: Places) -> bool:
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     alike = x.dtype == weight.dtype == low.dtype == b.dtype
-    return alike and not (learns or keeps_products() or torch.compiler.is_compiling())
+    return alike and not (learns or keeps(PRODUCTS) or torch.compiler.is_compiling())
 
 
 for _kind in ("cpu", "cuda"):

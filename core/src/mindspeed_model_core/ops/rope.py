@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import keeps_products
+from .keep import keeps
+from .linear import PRODUCTS
 from .norm import rms_norm
 from .table import FLOATS, compiled, eager_triton, op
 
@@ -215,7 +216,7 @@ def _turns_in_place(x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> bool:
     tables = constant and cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
     whole = cos.shape == sin.shape == (len(x), dim) and x.stride()[1:] == (dim, 1)
     fits = whole and x.numel() > 0 and dim > 1 and dim & (dim - 1) == 0
-    return tables and fits and not keeps_products() and eager_triton(x)
+    return tables and fits and not keeps(PRODUCTS) and eager_triton(x)
 
 
 rope_projected_.on(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .keep import keeping
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +58,7 @@ class Op(Generic[P, R]):
     def __init__(self, reference: Callable[P, R]) -> None:
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
+        self.kept = False  # whether results of operators in it can be kept for when its block runs again
         self.reference = reference
         self.entries: dict[str, list[Entry]] = {}
         TABLE[self.name] = self
@@ -65,7 +67,7 @@ class Op(Generic[P, R]):
         """Compute with what serves these operands on their device."""
         entry = self.serving(_kind(args[0]), *args, **kwargs)
         function = self.reference if entry is None else entry.function
-        return function(*args, **kwargs)
+        return keeping(function, *args, **kwargs) if self.kept else function(*args, **kwargs)
 
     def serving(self, kind: str, *args: Any, **kwargs: Any) -> Entry | None:
         """Return the entry that serves these arguments on a kind of device; None: the reference."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import nn as layers
 from .. import ops
 from ..trunk import Batch, Context, State, Trunk
 from .tolerance import assert_close
@@ -37,7 +38,7 @@ class Attending(Trunk):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(layers.Linear(width, 3 * width) for _ in range(BLOCKS))
 
     def context(self, batch: Batch) -> Context:
         """Return the lengths of documents."""
