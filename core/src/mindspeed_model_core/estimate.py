@@ -429,17 +429,23 @@ def _stage(
     a = activations
     kinds = a.blocks[stage * per : (stage + 1) * per]
     spared = [kind.spared(recipe.recompute_keep) for kind in kinds[:again]]
-    left = again * a.entry + sum(spared)
-    kept = sum(kind.kept for kind in kinds[again:]) + left + a.shared + (a.first if first else 0)
+    rerun = [kind.kept - held for kind, held in zip(kinds, spared, strict=False)] + [0] * (per - again)
+    kept = [a.entry + held for held in spared] + [kind.kept for kind in kinds[again:]]
+    ends = a.shared + (a.first if first else 0)
     memory = replace(
         _states(blocks, rest, recipe, replicas, spread),
-        activations=flight * kept + max((k.kept - s for k, s in zip(kinds[:again], spared, strict=True)), default=0),
+        activations=flight * (sum(kept) + ends) + max(rerun),
         head=a.last if last else 0,
     )
     if not _gradients_come_late(recipe, replicas, spread):
         return memory
-    # The last gradients come while the first block's activations are still there.
-    return replace(memory, overlap=max(0, min(memory.gradients, memory.activations + memory.head - kinds[0].kept)))
+    # Backward goes from block to block: of those before it activations are there, of those behind it gradients.
+    counts = [_count(p for p in block if p.requires_grad) for block in [*blocks, rest]]
+    grads = [memory.gradients * count // max(sum(counts), 1) for count in counts]
+    most = sum(kept) + memory.head
+    for at in range(per):
+        most = max(most, sum(kept[: at + 1]) + rerun[at] + sum(grads[at:]))
+    return replace(memory, overlap=memory.activations + memory.head + memory.gradients - ends - most)
 
 
 def _gradients_come_late(recipe: Recipe, replicas: int, spread: bool) -> bool:

@@ -56,9 +56,10 @@ def test_some_of_the_projections_that_a_layer_stacks(fields):
 
 
 @pytest.mark.parametrize("fields", [{"tp": 2, "sequence": True}, {"shard": "zero2"}, {"pp": 2}])
-def test_recomputed_blocks_of_frozen_inputs_learn(fields):
+@pytest.mark.parametrize("keep", ["nothing", "products"])
+def test_recomputed_blocks_of_frozen_inputs_learn(fields, keep):
     plain = job(targets=("up", "blocks.*.side"))
-    again = Job(plain.build, plain.task, plain.batches, recompute="all")
+    again = Job(plain.build, plain.task, plain.batches, recompute="all", recompute_keep=keep)
     assert_equivalent(again, 2, fields, FP64)
     assert trace(again, {}).losses == trace(plain, {}).losses
 

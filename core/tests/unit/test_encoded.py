@@ -164,6 +164,8 @@ def test_random_samples_follow_from_their_seeds() -> None:
     (one, other), again = first(), first()
     assert equal([one, other], again) and one["latents"].shape == (2, 4, 2, 3)
     assert not torch.equal(one["latents"][0], one["latents"][1]) and not equal(one, other)
+    alike = RandomFeatures({"latents": (4, 2), "reference": (4, 2)}, collate).read(0, 5)
+    assert not torch.equal(alike["latents"], alike["reference"])
 
 
 def test_folders_that_cannot_be_used_are_refused(folder: Path) -> None:

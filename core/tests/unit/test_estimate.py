@@ -125,10 +125,15 @@ def test_what_is_kept_of_recomputed_blocks_is_counted(tp: int) -> None:
 @pytest.mark.parametrize(("recompute", "micro"), [("none", 8), ("all", 8), ("all", 1)])
 def test_gradients_of_one_micro_batch_come_as_its_activations_go(recompute: str, micro: int) -> None:
     memory = plan(recompute=recompute, micro_batch=micro, global_batch=micro).memory
-    held = memory.activations + memory.head
-    first = 4 * block_bytes(4) * micro // 8  # TOKENS are those of two samples
-    assert memory.overlap > 0
-    assert memory.total - memory.weights - memory.optimizer == max(held, memory.gradients + first)
+    block, entry = micro * block_bytes(4) // 2, 4 * micro * TOKENS // 2 * C.width  # TOKENS are those of two samples
+    kept = C.layers * [block if recompute == "none" else entry]
+    tables = memory.activations - sum(kept) - (block - entry if recompute == "all" else 0)
+    most = sum(kept) + memory.head
+    for at in range(C.layers):
+        behind = 4 * ((C.layers - at) * BLOCK + ENDS)  # the gradients there are once block ``at`` is done
+        most = max(most, sum(kept[:at]) + block + behind)
+    assert memory.overlap > 0 and tables >= 0
+    assert memory.total - memory.weights - memory.optimizer == most + tables
 
 
 @pytest.mark.parametrize(

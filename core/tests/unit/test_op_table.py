@@ -159,6 +159,7 @@ def _adaln(shape=(2, 8), wide=torch.float32):
         (_adaln(wide=torch.float64), False),
         (_adaln((1, 8)), False),
         (_adaln((1, 2, 8)), False),
+        ((ops.adaln, (torch.empty(5, 2, 3, 8), torch.empty(2, 3, 8), torch.empty(2, 3, 8), 1e-5)), False),
         ((ops.sum_rows, (torch.empty(2048, 512, dtype=torch.bfloat16),)), True),
         ((ops.sum_rows, (torch.empty(512, 2048, dtype=torch.bfloat16).T,)), False),
         ((ops.sum_rows, (torch.empty(2048, 512, dtype=torch.bfloat16, requires_grad=True),)), False),
@@ -177,6 +178,22 @@ def test_triton_serves_what_its_kernels_are_for(asked, taken, monkeypatch) -> No
     assert by_triton() == taken
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not by_triton()
+
+
+def test_a_kept_projection_is_not_turned_where_it_lies(monkeypatch) -> None:
+    """Its kernel writes what no version tells of."""
+    monkeypatch.setattr(table, "has_triton", lambda: True)
+    x, turn = torch.empty(5, 8, 64, dtype=torch.bfloat16), torch.empty(5, 64)
+
+    def by() -> str:
+        entry = ops.rope_projected_.serving("cuda", x, turn, turn, 2)
+        return "" if entry is None else entry.by
+
+    assert by() == "triton"
+    for names, wanted in ((ops.ATTENTION, "triton"), (ops.ATTENTION | ops.PRODUCTS, "torch.compile")):
+        for run in ops.checkpointed(names):
+            with run:
+                assert by() == wanted
 
 
 def test_a_window_is_counts_or_minus_one() -> None:

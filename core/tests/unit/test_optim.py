@@ -51,6 +51,20 @@ def test_equals_torch_adamw_and_clipping(clip):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), name
 
 
+def test_the_norm_of_half_precision_gradients_is_not_rounded_to_their_type():
+    with torch.device("meta"):
+        net = toy.Toy(toy.ToyConfig())
+    ours = apply.parallelize(net, Mesh(torch.device("cpu")), ParallelConfig(), precision="bf16-pure")
+    apply.initialise(ours, seed=1)
+    for seed in range(3):
+        pipeline.run(ours, [toy.batch(seed)], lambda out, _: out.sum(), torch.tensor(1.0))
+        grads = [s.gradient.double() for s in ours.shards.values() if s.gradient is not None]
+        want = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        norm = AdamW(ours, OptimConfig()).step(0.0)
+        assert abs(norm.double() / want - 1) < 1e-5
+        ours.gradients.clear()
+
+
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_gradient_that_is_not_finite_updates_nothing(clip):
     with torch.device("meta"):

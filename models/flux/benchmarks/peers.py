@@ -46,7 +46,7 @@ def loss(net: nn.Module, batch: Batch, count: int) -> Tensor:
 
 
 def without_cudnn() -> AbstractContextManager[None]:
-    """Keep PyTorch from cuDNN's attention, which reads beyond its operands in this network on an H200."""
+    """Keep PyTorch from cuDNN's attention: in this network it ended in an illegal memory access on an H200."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 

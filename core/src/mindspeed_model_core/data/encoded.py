@@ -167,7 +167,9 @@ class RandomFeatures:
 
     def read(self, index: int, seed: int) -> Sample:
         """Return a sample."""
-        return {**{name: noise(shape, seed) for name, shape in self.shapes.items()}, "seed": seed}
+        # Tensors of one shape are not one tensor.
+        made = {name: noise(shape, seed + 997 * place) for place, (name, shape) in enumerate(self.shapes.items())}
+        return {**made, "seed": seed}
 
 
 def read_empty_text(folder: Path) -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     "cuda",
     "triton",
     when=f"fp16, bf16, fp32, modulations of any of these; {FUSED_WIDTH}",
-    takes=lambda x, shift, scale, eps: fuses_layer_norm(x, scale, shift) and scale.shape == x.shape[1:],
+    takes=lambda x, shift, scale, eps: (
+        x.dim() <= 3 and fuses_layer_norm(x, scale, shift) and scale.shape == x.shape[1:]
+    ),
 )
 def _fused(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return FusedLayerNorm.apply(x, scale, shift, eps, 1.0)  # type: ignore[no-any-return]

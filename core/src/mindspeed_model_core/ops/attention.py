@@ -36,7 +36,8 @@ _EVERY = 2**31 - 1
 KEYS = 1024
 """Fewest keys for FlashAttention-4, unless documents are unlike.
 
-On an H200 it is 1.06 times as fast as cuDNN to 768 and as fast to a text's 448 or 512, and costs the host 0.2 ms more.
+On an H200 attention to 768 keys takes 0.93 ms by it and 0.99 by cuDNN (16 samples of 24 heads of 128), to a text's 448
+or 512 as much by both, and it costs the host 0.3 ms a call.
 """
 
 

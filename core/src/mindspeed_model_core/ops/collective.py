@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear import HALVES, Sum, accumulator, rows, sum_rows, weight_gradient
+from .keep import keeps
+from .linear import HALVES, PRODUCTS, Sum, accumulator, rows, sum_rows, weight_gradient
 from .table import op
 
 
@@ -148,7 +149,7 @@ class _Column(torch.autograd.Function):
         flat = rows(x)
         y = how.gathered(flat, weight.T, keep=False)[0] if tokens else flat @ weight.T
         if bias is not None:
-            y = y + bias  # a kept product may not change
+            y = y + bias if keeps(PRODUCTS) else y.add_(bias)  # what is kept of a product may not change
         return y.view(len(x) * (how.size if tokens else 1), *x.shape[1:-1], len(weight))
 
     @staticmethod

@@ -14,7 +14,7 @@ HALVES = (torch.float16, torch.bfloat16)
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _TOTAL = "accumulator"
 PRODUCTS = frozenset("aten::mm aten::addmm aten::linear".split())
-"""The operators, as the dispatcher names them, that layers' products run by."""
+"""The operators, as the dispatcher names them, that layers' products run by; the last where a device has it whole."""
 
 
 @op
@@ -138,10 +138,15 @@ def _cuda_sum_rows(x: Tensor) -> Tensor:
     return kernels.sum_rows(x)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + b`` by one product: of an ``x`` that lies in no one piece PyTorch may make one for each row."""
+    return F.linear(x if torch.compiler.is_compiling() else x.contiguous(), weight, bias)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x W^T + b`` for ``weight [out, in]``; its gradient goes where ``accumulate_gradient`` said."""
     total = accumulator(weight)
-    return F.linear(x, weight, bias) if total is None else _Linear.apply(x, weight, bias, total)
+    return product(x, weight, bias) if total is None else _Linear.apply(x, weight, bias, total)
 
 
 class _Linear(torch.autograd.Function):
@@ -149,7 +154,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, total: Sum) -> Tensor:
         ctx.total = total
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
-        return F.linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

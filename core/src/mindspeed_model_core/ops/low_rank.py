@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .keep import keeps
-from .linear import PRODUCTS, rows
-from .table import op
+from .linear import PRODUCTS, product, rows
+from .table import FLOATS, op
 
 Places = tuple[tuple[int, int], ...]
 """Columns of an output: the first, and how many."""
@@ -53,7 +53,8 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         ctx.places = places
         ctx.save_for_backward(weight, low, b)
-        y = F.linear(x, weight, bias)
+        y = product(x, weight, bias)
+        y = y.clone() if keeps(PRODUCTS) else y  # what is kept of a product may not change
         flat = y.view(low.shape[:-1].numel(), y.shape[-1])
         for (first, count), z, factor in _pairs(rows(low), b, places):
             flat[:, first : first + count].addmm_(z, factor.T)
@@ -77,10 +78,12 @@ class _Adapted(torch.autograd.Function):
 def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, places: Places) -> bool:
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     alike = x.dtype == weight.dtype == low.dtype == b.dtype
-    return alike and not (learns or keeps(PRODUCTS) or torch.compiler.is_compiling())
+    return alike and not (learns or torch.compiler.is_compiling())
 
 
-for _kind in ("cpu", "cuda"):
-    adapted_linear.on(
-        _kind, "addmm_", when="all of one type; the weights are frozen, the product need not be kept", takes=_frozen
-    )(_Adapted.apply)
+_WHEN = "all of one type; the weights are frozen"
+for _kind in ("cpu", "cuda", "meta"):
+    adapted_linear.on(_kind, "", when=_WHEN, takes=_frozen)(_Adapted.apply)
+adapted_linear.on(
+    "npu", "", when=f"fp16, bf16, fp32; {_WHEN}", takes=lambda x, *rest: x.dtype in FLOATS and _frozen(x, *rest)
+)(_Adapted.apply)

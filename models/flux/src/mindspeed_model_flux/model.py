@@ -102,8 +102,8 @@ class SingleBlock(layers.WholeAttention):
         """Map ``x [tokens, batch, width]``, text and image alike, given ``vector [1, batch, width]``."""
         shift, scale, gate = self.modulation(vector)
         mixed = self.qkv_up(ops.adaln(x, shift, scale, EPS))
-        own = mixed.shape[-1] // 7  # the feed-forward is four times as wide as q, k and v each
-        *qkv, up = mixed.split((own, own, own, 4 * own), -1)
+        share = mixed.shape[-1] // 7  # the feed-forward is four times as wide as q, k and v each
+        *qkv, up = mixed.split((share, share, share, 4 * share), -1)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
         own = self.own(tables)
         y = self.attend(self.q_norm.turned(q, own), self.k_norm.turned(k, own), v, len(tables[0]))
