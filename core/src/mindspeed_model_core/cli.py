@@ -190,10 +190,35 @@ def app(model: Model) -> typer.Typer:
         _print(table)
 
     @cli.command(
+        "keys",
+        help=_help(
+            "List the keys that a recipe may set.",
+            "Each with what it takes, its default, which a recipe may have changed, and what it does. With a word, "
+            "those that have it in their name.",
+            f"{prog} keys",
+            f"{prog} keys recompute",
+        ),
+    )
+    def list_keys(
+        word: Annotated[str | None, typer.Argument(metavar="WORD", help="A part of a key.", show_default=False)] = None,
+    ) -> None:
+        from .keys import keys
+
+        known = list(keys(model.recipe))
+        chosen = [key for key in known if word is None or word in key.name]
+        if not chosen:
+            raise UserError(f"{word}: no key has this in its name{nearest(str(word), [key.name for key in known])}")
+        table = _table("key", "takes", "default", "what it does")
+        for key in chosen:
+            table.add_row(key.name, key.takes, key.default, key.meaning)
+        _print(table)
+
+    @cli.command(
         help=_help(
             "Print a recipe in full, and the memory it will need.",
             "Your changes are applied; then come its digest, the number of parameters and an estimate of the memory "
-            "of each device. Nothing is loaded or written. Redirected to a file, the output is itself a recipe.",
+            "of each device. Nothing is loaded or written. Redirected to a file, the output is itself a recipe. "
+            f"What each key does, {prog} keys says.",
             f"{prog} show NAME",
             f"{prog} show NAME parallel.tp=2 parallel.shard=zero1 --nproc 8",
             f"{prog} show NAME optim.lr=1e-4 > mine.yaml",
@@ -232,7 +257,7 @@ def app(model: Model) -> typer.Typer:
             "Checkpoints, metrics and the loss curve go to the run folder; SIGTERM saves and ends the run, "
             "--resume continues it, under another parallel layout too. Any torchrun launch works instead of --nproc.",
             f"{prog} train NAME",
-            f"{prog} train NAME init_from=path/to/hub-folder data.path=texts/ --nproc 8",
+            f"{prog} train NAME init_from=path/to/hub-folder data.path=path/to/data --nproc 8",
             f"{prog} train NAME parallel.tp=2 parallel.pp=2 --nproc 8 --run-dir runs/first",
             f"{prog} train NAME parallel.shard=zero3 --nproc 8 --run-dir runs/first --resume",
             f"torchrun --nnodes 2 ... --no-python {prog} train NAME",
@@ -248,6 +273,7 @@ def app(model: Model) -> typer.Typer:
         resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's newest checkpoint.")] = False,
     ) -> None:
         from . import train as trainer
+        from .checkpoint import step_of
 
         resolved = model.load_recipe(recipe, overrides or ())
         folder = run_dir or Path("runs") / f"{model.name}-{resolved.name}"
@@ -255,6 +281,8 @@ def app(model: Model) -> typer.Typer:
         _spread(resolved, nproc)
         if resume and found is None and launch.first_rank():
             typer.echo(f"{folder}: no checkpoint to resume from, starting from the beginning", err=True)
+        elif found is not None and launch.first_rank():
+            typer.echo(f"{folder}: continues after step {step_of(found)}", err=True)
         done = trainer.run(resolved, model, folder, resume=resume)
         if launch.first_rank():
             typer.echo(_ended(done, resolved.steps))

@@ -158,10 +158,10 @@ def _stages(net: Trunk, recipe: Recipe, world: int, activations: _Activations) -
 
 
 def _notes(recipe: Recipe, world: int, steps: int) -> Iterable[str]:
+    how = "as the fused kernels keep them" if recipe.optimization_level else "by plain formulas, which keep all"
     yield (
         "Parameters are counted exactly. Activations are what one block of a kind keeps for backward, times the blocks "
-        "held and the micro-batches in flight, with attention and norms as the fused kernels keep them and each "
-        "sequence as one document."
+        f"held and the micro-batches in flight, with attention and norms {how} and each sequence as one document."
     )
     left_out = "the device's runtime and communication buffers, short-lived temporaries, and memory lost to gaps"
     yield f"Not counted: {left_out}; leave 10-20 % free."

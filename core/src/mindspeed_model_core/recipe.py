@@ -154,12 +154,14 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(3e-4, gt=0)
-    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    lr: float = Field(3e-4, gt=0, description="learning rate")
+    betas: tuple[_Beta, _Beta] = Field((0.9, 0.95), description="decay of both moments")
+    eps: float = Field(1e-8, gt=0, description="what is added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="of matrices; vectors do not decay")
     clip: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of lr")
     ema: float | None = optional(
@@ -199,7 +201,7 @@ class ProfileConfig(Section):
 
     start: int | None = local(None, ge=1, description="first profiled step; null: off")
     stop: int | None = local(None, ge=1, description="last profiled step")
-    ranks: tuple[NonNegativeInt, ...] = local((0,))
+    ranks: tuple[NonNegativeInt, ...] = local((0,), description="processes that record")
     memory: bool = local(False, description="also write a memory snapshot")
     stacks: bool = local(False, description="record Python stacks")
     shapes: bool = local(False, description="record input shapes")
@@ -226,13 +228,13 @@ class Recipe(Section):
     """Everything that decides a training run. Models subclass it to type ``data`` and their own sections."""
 
     name: str = local("unnamed", description="the recipe's file name")
-    description: str = local("")
+    description: str = local("", description="what it trains, in a line")
     reproduces: str | None = local(None, description="id of the row of published.csv this recipe repeats")
     preset: str = Field(description="a published size of the model")
     config: dict[str, Any] = Field(default_factory=dict, description="changes to the preset's fields")
     init_from: str | None = local(None, description="a hub folder or an original release; null: random weights")
-    steps: PositiveInt = Field(1000)
-    seed: int = Field(0, ge=0, lt=2**63)
+    steps: PositiveInt = Field(1000, description="optimizer steps of the whole run")
+    seed: int = Field(0, ge=0, lt=2**63, description="of random weights, the order of the data and noise")
     global_batch: PositiveInt = Field(8, description="samples per optimizer step, over all devices")
     micro_batch: PositiveInt = Field(1, description="samples per forward pass on one device")
     precision: Precision = Field(
@@ -248,7 +250,7 @@ class Recipe(Section):
         description="what recomputed blocks keep: fused attention's results, which are small and dear, or with "
         "products also those of matrix products, so that only cheap steps run again",
     )
-    deterministic: bool = False
+    deterministic: bool = Field(False, description="the same bits from the same run, where that costs speed too")
     optimization_level: Annotated[Literal[0, 1, 2], _NUMBER] = optional(
         2, description="0: plain formulas; 1: fused ops; 2: also communication that overlaps computation"
     )

@@ -257,6 +257,9 @@ def _fitting(recipe: Recipe, model: Model, mesh: Mesh) -> int:
     if mesh.rank == 0:
         stage = " of each stage" if mesh.pp > 1 else ""
         needs = f"about {needed / 2**30:.1f} GiB of the {free / 2**30:.1f} that are free"
+        if needed > free:
+            less = "recompute_keep=nothing, " if recipe.recompute_keep != "nothing" else ""
+            needs += f"; that is too much: try {less}a smaller micro_batch, or more devices to shard over"
         print(f"recompute=auto: {count} blocks{stage}, which needs {needs}", file=sys.stderr)
     return count
 

@@ -210,7 +210,8 @@ class FeatureSet:
         if not (self.folder / SHARDS).is_dir():
             siblings = [p.name for p in self.folder.parent.iterdir()] if self.folder.parent.is_dir() else []
             hint = "" if self.folder.is_dir() else nearest(self.folder.name, siblings)
-            raise UserError(f"{self.folder}: holds no features ({INDEX} and {SHARDS}/ are missing){hint}")
+            made = "; the prepare command makes them" if self.folder.is_dir() else ""
+            raise UserError(f"{self.folder}: holds no features ({INDEX} and {SHARDS}/ are missing){made}{hint}")
         for path, keys, found in _scan(self.folder):
             for key in keys:
                 self._samples.append((key, len(self._shards), len(self._shapes)))

@@ -196,7 +196,7 @@ def read_rows(path: Path, *, tabs: bool = False) -> Iterator[tuple[int, str, dic
     known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a list is a {known} file")
-    if path.suffix not in kinds:
+    if path.suffix not in kinds and path.exists():
         raise UserError(f"{path}: a list is a {known} file, not {path.suffix or 'a nameless one'}")
     check_file(path)
     line = 0

@@ -28,8 +28,8 @@ class FluxData(PictureData):
     stride: ClassVar[int] = VAE * PATCH
     encoder_parts: ClassVar[tuple[str, ...]] = NEEDED
 
-    height: int = 1024
-    width: int = 1024
+    height: int = Field(1024, description="pixels of what is trained on")
+    width: int = Field(1024, description="pixels of what is trained on")
     text_tokens: PositiveInt = Field(512, le=512, description="tokens of T5 that every caption is cut or filled up to")
     synthetic: tuple[PositiveInt, PositiveInt] = Field(
         (1024, 1024), description="height and width of measure's random batches"

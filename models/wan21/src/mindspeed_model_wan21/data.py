@@ -36,8 +36,8 @@ class WanData(ClipData):
     stride: ClassVar[int] = _VAE[1] * _PATCH
     encoder_parts: ClassVar[tuple[str, ...]] = NEEDED
 
-    height: int = 480
-    width: int = 832
+    height: int = Field(480, description="pixels of what is trained on")
+    width: int = Field(832, description="pixels of what is trained on")
     frames: tuple[PositiveInt, ...] = Field((81,), description="lengths, 4n + 1; a clip gets the longest it fills")
     fps: PositiveFloat = Field(16.0, description="frames per second that clips are sampled at")
     synthetic: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
