@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import device as devices
 from .table import FLOATS, op
@@ -144,8 +146,9 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> A
 
 
 # --- FlashAttention-4, where it is installed: on Hopper it is FlashAttention-3's algorithm (Shah et al. 2024,
-# arXiv:2407.08608), compiled when first called. As it comes it is an autograd.Function; here it is an operator, which
-# compiled blocks take as it is and whose result can be kept by its name.
+# arXiv:2407.08608), compiled when first called. It is an operator here, which compiled blocks take as it is and whose
+# result can be kept by its name. Where neither is asked for it is called without PyTorch's dispatcher, which costs the
+# host time of its own.
 
 
 @functools.cache
@@ -175,38 +178,12 @@ def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return fits and min(*q.shape, *k.shape) > 0 and _has_flash()
 
 
-@torch.library.custom_op(
-    "mindspeed_model::flash_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? ends, SymInt longest, int before, int after) -> (Tensor, Tensor)",
-)
-def flash_attention(
+def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, before: int, after: int
 ) -> tuple[Tensor, Tensor]:
-    """Return attention by FlashAttention-4, and the logarithm of each softmax's denominator, in fp32.
-
-    Operands are ``[batch, tokens, heads, width]``; with ``ends``, where documents end after a first 0, in int32, they
-    are ``[tokens, heads, width]`` and ``longest`` is the most tokens of a document. -1 ``before`` or ``after`` is all.
-    """
     return _flash()._flash_attn_fwd(q, k, v, return_lse=True, **_flash_options(ends, longest, before, after))[:2]  # type: ignore[no-any-return]
 
 
-@flash_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, before: int, after: int
-) -> tuple[Tensor, Tensor]:
-    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "mindspeed_model::flash_attention_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? ends, SymInt longest, int before, "
-        "int after) -> (Tensor, Tensor, Tensor)"
-    ),
-)
 def _flash_backward(
     grad: Tensor,
     q: Tensor,
@@ -225,7 +202,42 @@ def _flash_backward(
     return _flash()._flash_attn_bwd(q, k, v, out, grad, lse, deterministic=same, **made, **how)  # type: ignore[no-any-return]
 
 
-@_flash_backward.register_fake
+@torch.library.custom_op(
+    "mindspeed_model::flash_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? ends, SymInt longest, int before, int after) -> (Tensor, Tensor)",
+)
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, before: int, after: int
+) -> tuple[Tensor, Tensor]:
+    """Return attention by FlashAttention-4, and the logarithm of each softmax's denominator, in fp32.
+
+    Operands are ``[batch, tokens, heads, width]``; with ``ends``, where documents end after a first 0, in int32, they
+    are ``[tokens, heads, width]`` and ``longest`` is the most tokens of a document. -1 ``before`` or ``after`` is all.
+    """
+    return _flash_forward(q, k, v, ends, longest, before, after)
+
+
+@flash_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, before: int, after: int
+) -> tuple[Tensor, Tensor]:
+    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
+
+
+_flash_backward_operator = torch.library.custom_op(
+    "mindspeed_model::flash_attention_backward",
+    _flash_backward,
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? ends, SymInt longest, int before, "
+        "int after) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+
+
+@_flash_backward_operator.register_fake
 def _(
     grad: Tensor,
     q: Tensor,
@@ -252,15 +264,42 @@ def _flash_options(ends: Tensor | None, longest: int, before: int, after: int) -
 
 def _flash_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ends, *ctx.how = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, ends)
 
 
 def _flash_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_flash_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+    return *_flash_backward_operator(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
-flash_attention.register_autograd(_flash_gradients, setup_context=_flash_keep)
+def _flash_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _flash_keep(ctx, inputs, output)
+
+
+flash_attention.register_autograd(_flash_gradients, setup_context=_flash_setup)
+
+
+class _Flash(torch.autograd.Function):
+    """The same without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        found = _flash_forward(*inputs)
+        _flash_keep(ctx, inputs, found)
+        return found[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_flash_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
+def _flash_attend(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, before: int, after: int
+) -> Tensor:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return flash_attention(q, k, v, ends, longest, before, after)[0]
+    return _Flash.apply(q, k, v, ends, longest, before, after)  # type: ignore[no-any-return]
 
 
 @attention.on(
@@ -277,9 +316,9 @@ def _flash_documents(
 ) -> Tensor:
     band, lengths = _band(causal, window), _documents(lengths)
     if not _alike(lengths):
-        return flash_attention(q, k, v, _ends(lengths, q.device), max(lengths), *band)[0]
+        return _flash_attend(q, k, v, _ends(lengths, q.device), max(lengths), *band)
     a, b, c = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q, k, v))
-    return flash_attention(a, b, c, None, 0, *band)[0].flatten(0, 1)
+    return _flash_attend(a, b, c, None, 0, *band).flatten(0, 1)
 
 
 @full_attention.on(
@@ -289,7 +328,8 @@ def _flash_documents(
     takes=lambda q, k, v: len(k) >= KEYS and _flash_takes(q, k, v),
 )
 def _flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flash_attention(*(x.transpose(0, 1) for x in (q, k, v)), None, 0, *ALL)[0].transpose(0, 1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return _flash_attend(q, k, v, None, 0, *ALL).transpose(0, 1)
 
 
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
