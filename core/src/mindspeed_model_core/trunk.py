@@ -155,8 +155,7 @@ class Trunk(nn.Module, ABC):
             state = self.embed(batch, context)
         for index, block in enumerate(self.blocks.children()):
             if index < self.recompute and torch.is_grad_enabled():
-                # What draws at random in a block does so by its Noise: PyTorch's own state need not be the same again.
-                how = {"use_reentrant": False, "preserve_rng_state": False, **_policy(self.recompute_keep)}
+                how = {"use_reentrant": False, **_policy(self.recompute_keep)}
                 state = checkpoint(step, index, block, state, context, **how)
             else:
                 state = step(index, block, state, context)

@@ -139,8 +139,9 @@ def _cuda_sum_rows(x: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x W^T + b`` by one product: of an ``x`` that lies in no one piece PyTorch may make one for each row."""
-    return F.linear(x if torch.compiler.is_compiling() else x.contiguous(), weight, bias)
+    """Return ``x W^T + b`` by one product: of three dims that lie in no one piece PyTorch may make one for each row."""
+    whole = x.dim() < 3 or torch.compiler.is_compiling()
+    return F.linear(x if whole else x.contiguous(), weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

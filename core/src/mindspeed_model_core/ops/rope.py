@@ -81,6 +81,10 @@ def _kernel_turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return constant and x.dtype in FLOATS and cos.dtype == sin.dtype == torch.float32 and x.shape[-1] < 896
 
 
+def _kernel_turns_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return _kernel_turns(x, cos, sin) and x.dim() in (3, 4) and math.prod(x.shape[1:-1]) < 1000
+
+
 @rope.on(
     "npu",
     "npu_rotary_mul npu_rotary_mul_backward",
@@ -96,7 +100,7 @@ def _npu_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     "npu",
     "npu_rotary_mul npu_rotary_mul_backward",
     when="fp16, bf16, fp32; constant tables; 3 or 4 dims, dim below 896, fewer than 1000 heads in all samples",
-    takes=lambda x, cos, sin: _kernel_turns(x, cos, sin) and x.dim() in (3, 4) and math.prod(x.shape[1:-1]) < 1000,
+    takes=_kernel_turns_pairs,
 )
 def _npu_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None, None], sin[:, None, None]
@@ -165,9 +169,7 @@ norm_rope.compiled_on("cuda")
     "npu",
     "npu_rms_norm npu_rms_norm_backward npu_rotary_mul npu_rotary_mul_backward",
     when="fp16, bf16, fp32; scale of the same type; constant tables; dim below 896, fewer than 1000 heads in all",
-    takes=lambda x, weight, cos, sin, eps: (
-        weight.dtype == x.dtype and _kernel_turns(x, cos, sin) and math.prod(x.shape[1:-1]) < 1000
-    ),
+    takes=lambda x, weight, cos, sin, eps: weight.dtype == x.dtype and _kernel_turns_pairs(x, cos, sin),
 )
 def _in_turn(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     return rope_interleaved(_normed(rms_norm, x, weight, eps), cos, sin)
