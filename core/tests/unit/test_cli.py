@@ -196,6 +196,12 @@ def test_resume_without_a_checkpoint_begins_and_says_so(tmp_path: Path) -> None:
     assert (tmp_path / "fresh" / "metrics.jsonl").read_text().count("\n") == 1
 
 
+def test_a_resumed_run_says_where_it_goes_on(tmp_path: Path) -> None:
+    args = ("train", "base", "metrics.trackers=[]", "--run-dir", "twice")
+    call(*args, "steps=1", app=cli.app(TRAINS))
+    assert "twice: continues after step 1" in call(*args, "steps=2", "--resume", app=cli.app(TRAINS)).stderr
+
+
 def test_nproc_runs_the_same_command_on_ranks(monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(sys, "argv", ["prog", "train", "base", "steps=1", "--nproc", "2"])

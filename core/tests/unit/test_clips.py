@@ -188,6 +188,8 @@ def test_lists_with_tabs_are_read_where_they_are_asked_for(tmp_path: Path) -> No
     assert list(read_rows(listed, tabs=True)) == [(2, f"{listed}:2", {"path": "a.mp3", "sentence": 'say "hi'})]
     with pytest.raises(UserError, match=r"a list is a \.jsonl or \.csv file, not \.tsv"):
         list(read_rows(listed))
+    with pytest.raises(UserError, match="texts: no such file"):
+        list(read_rows(tmp_path / "texts"))
 
 
 def test_csv_lists_with_other_column_names(clips: Path) -> None:

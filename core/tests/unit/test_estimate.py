@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from mindspeed_model_core import train
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.estimate import SPARE, Estimate, Saved, estimate, fewest_recomputed
 from mindspeed_model_core.ops import loss
+from mindspeed_model_core.parallel.mesh import Mesh
 from mindspeed_model_core.testing import toy
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -151,6 +153,19 @@ def test_gradients_that_are_added_up_are_there_all_along(world: int, changes: di
 
 def test_shards_of_gradients_come_late() -> None:
     assert plan(2, global_batch=4, parallel={"shard": "zero2"}).memory.overlap > 0
+
+
+def test_memory_that_no_recomputation_makes_enough_is_said_to_be_too_little(monkeypatch, capsys) -> None:
+    mesh = Mesh(torch.device("cpu"))
+    said = {}
+    for free in (1, 2**40):
+        monkeypatch.setattr(train.devices, "free_memory", lambda _, free=free: free)
+        for keep in ("nothing", "products"):
+            train._fitting(ToyRecipe(preset="tiny", recompute="auto", recompute_keep=keep), MODEL, mesh)
+            said[free, keep] = capsys.readouterr().err
+    assert "that is too much: try a smaller micro_batch" in said[1, "nothing"]
+    assert "that is too much: try recompute_keep=nothing, a smaller micro_batch" in said[1, "products"]
+    assert "too much" not in said[2**40, "nothing"] + said[2**40, "products"]
 
 
 def test_as_few_blocks_run_again_as_memory_lets() -> None:

@@ -191,7 +191,7 @@ def test_damaged_shards_are_named(folder: Path) -> None:
         FeatureSet(folder)
     os.rename(folder / SHARDS, folder / "elsewhere")
     (folder / INDEX).unlink()
-    with pytest.raises(UserError, match="holds no features"):
+    with pytest.raises(UserError, match="holds no features .*; the prepare command makes them"):
         FeatureSet(folder)
 
 
