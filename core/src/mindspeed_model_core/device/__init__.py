@@ -58,7 +58,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
     It is sent from a copy in memory that stays in place, pinned; from elsewhere the host would wait for the queue.
     """
-    if device.type == "cpu" or tensor.device.type != "cpu":
+    if device.type == "cpu" or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return tensor.to(device)
     # What is pinned keeps its strides, and one that repeats elements could not be written.
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
@@ -159,7 +159,8 @@ def record_memory(device: torch.device) -> bool:
     """Begin recording allocations for ``memory_snapshot``; False where the device has no allocator history."""
     if device.type == "cpu":
         return False
-    module(device).memory._record_memory_history(max_entries=100_000)
+    # Without the stacks of what is freed: to take one loses the error by which PyTorch ends a block that runs again.
+    module(device).memory._record_memory_history(context="alloc", max_entries=100_000)
     return True
 
 

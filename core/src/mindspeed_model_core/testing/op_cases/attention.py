@@ -104,10 +104,12 @@ CASES = (
         for causal in (True, False)
     ),
     *(
-        _packed(lengths, 4, 2, 80, causal, window)
+        _packed(lengths, 4, 2, width, causal, window)
+        for width in (64, 80)
         for lengths in ((17,), (6, 6), (3, 0, 11))
         for causal, window in ((True, (4, 0)), (True, (2, 5)), (False, (3, 1)), (False, (-1, 2)), (False, (0, -1)))
     ),
+    *(_packed((19, 3), 4, 2, width, causal) for width in (32, 96, 192, 256) for causal in (True, False)),
     _packed((9, 4), 4, 2, 64, True, (-1, -1)),
     _packed((0, 0), 4, 2, 64, True, reference_on=("npu",)),
     *(
