@@ -259,6 +259,11 @@ class Recipe(Section):
         description="compile each block with torch.compile: fewer passes over memory, a slow first step; whole: the "
         "network as one graph, for small ones",
     )
+    cuda_graph: bool = optional(
+        False,
+        description="record forward and backward of each kind of batch as a CUDA graph and replay it: the host, which "
+        "queues thousands of kernels a step otherwise, is not waited for",
+    )
     lora: LoraConfig | None = optional(description="train adapters instead of the weights, which init_from names")
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -317,6 +322,18 @@ class Recipe(Section):
                 f"lora.dropout={self.lora.dropout}: what is drawn at random is not compiled; set lora.dropout=0, or "
                 "compile=false"
             )
+        if self.cuda_graph:
+            for name, size in (("tp", self.parallel.tp), ("cp", self.parallel.cp), ("pp", self.parallel.pp)):
+                if size > 1:
+                    raise ValueError(
+                        f"parallel.{name}={size}: what ranks exchange within a micro-batch is not recorded; set "
+                        f"parallel.{name}=1, or cuda_graph=false"
+                    )
+            if self.lora is not None and self.lora.dropout > 0:
+                raise ValueError(
+                    f"lora.dropout={self.lora.dropout}: what is drawn at random is not recorded; set lora.dropout=0, "
+                    "or cuda_graph=false"
+                )
         if self.compile and self.recompute_keep != "nothing":
             raise ValueError(
                 f"recompute_keep={self.recompute_keep}: a compiled block cannot keep a part of its results; set "

@@ -37,6 +37,7 @@ from .parallel import apply, buffers, pipeline
 from .parallel.mesh import Mesh, close_mesh, open_mesh
 from .profile import Profiler
 from .recipe import Recipe
+from .replay import Replays
 from .task import Work
 from .trunk import Batch
 from .weights import adapters
@@ -99,6 +100,7 @@ class Session:
         self.loader = open_data(mesh.dp_rank, mesh.dp)
         self.parallel = prepare(recipe, model, mesh)
         self.optimizer = AdamW(self.parallel, recipe.optim)
+        self.replays = Replays(self.parallel, self.task.loss) if recipe.cuda_graph else None
         self.signal: int | None = None
         self._batches: Iterator[list[Batch]] | None = None
         self._position: dict[str, Any] | None = None
@@ -157,7 +159,7 @@ class Session:
         work = sum((task.work(batch) for batch in batches), Work(0, 0, 0.0))
         with ops.at_level(recipe.optimization_level):
             batches = [self._encoded(batch, mark) for batch in batches]
-            loss = pipeline.run(self.parallel, batches, task.loss, count, mark)
+            loss = pipeline.run(self.parallel, batches, task.loss, count, mark, self.replays)
             mark("reduction")
             self.parallel.gradients.reduce()
             mark("optimizer")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import device as devices
 from . import ops
 from .errors import UserError
 from .parallel.context import ContextParallel
@@ -133,9 +134,13 @@ class Trunk(nn.Module, ABC):
             tokens = self.cp.share(tokens)[1]
         return even_share(tokens, self.sequence_ranks)
 
-    def forward(self, batch: Batch, state: State | None = None) -> Tensor | State:
-        """Run the blocks this process holds: from ``state`` if given, to the output if the head is here."""
-        context = self.context(batch)
+    def forward(self, batch: Batch, state: State | None = None, context: Context | None = None) -> Tensor | State:
+        """Run the blocks this process holds: from ``state`` if given, to the output if the head is here.
+
+        ``context`` is the batch's, where it is made already.
+        """
+        if context is None:
+            context = self.context(batch)
         step = self.step
         if self.noise is not None and self.training:
             # Once a micro-batch and on the host, whatever part of the network is here: all ranks draw alike.
@@ -156,6 +161,8 @@ class Trunk(nn.Module, ABC):
         for index, block in enumerate(self.blocks.children()):
             if index < self.recompute and torch.is_grad_enabled():
                 how = {"use_reentrant": False, **_policy(self.recompute_keep)}
+                if devices.is_recording():  # the generator cannot be asked, and nothing that is recorded draws from it
+                    how["preserve_rng_state"] = False
                 state = checkpoint(step, index, block, state, context, **how)
             else:
                 state = step(index, block, state, context)

@@ -55,7 +55,7 @@ def peer(mode: str, *overrides: str) -> Peer:
     return Peer("diffusers", build, loss, mode=mode, overrides=overrides, around=without_cudnn)
 
 
-COMPILED, ONE_GRAPH = "compile=true", "compile=whole"
+COMPILED, ONE_GRAPH, REPLAYED = "compile=true", "compile=whole", "cuda_graph=true"
 WHOLE, AGAIN = "recompute=none", "recompute=all"
 ATTENTION, PRODUCTS = "recompute_keep=attention", "recompute_keep=products"
 ONE_DEVICE = ("global_batch=16", "micro_batch=16", "precision=bf16-pure", "parallel.shard=none")
@@ -68,14 +68,14 @@ COMPARISONS = (
         "dev",
         "dev-256",
         overrides=ONE_DEVICE,
-        ours=((AGAIN, PRODUCTS), (AGAIN, ATTENTION), (AGAIN,), (AGAIN, COMPILED)),
+        ours=((AGAIN, PRODUCTS, REPLAYED), (AGAIN, PRODUCTS), (AGAIN, ATTENTION), (AGAIN,), (AGAIN, COMPILED)),
         peers=PEERS,
     ),
     Comparison(
         "dev-lora",
         "dev-lora",
         overrides=(*ONE_DEVICE, *SMALL),
-        ours=((WHOLE,), (AGAIN, PRODUCTS), (AGAIN,), (WHOLE, COMPILED)),
+        ours=((WHOLE, REPLAYED), (WHOLE,), (AGAIN, PRODUCTS), (AGAIN,), (WHOLE, COMPILED)),
         peers=PEERS,
     ),
     Comparison("tiny", "tiny", ours=((), (ONE_GRAPH,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),

@@ -35,14 +35,14 @@ def peer(mode: str, *overrides: str) -> Peer:
 
 
 ONE_DEVICE = ("global_batch=16", "micro_batch=16", "precision=bf16-pure", "parallel.shard=none")
-AGAIN, COMPILED, ONE_GRAPH = "recompute=all", "compile=true", "compile=whole"
+AGAIN, COMPILED, ONE_GRAPH, REPLAYED = "recompute=all", "compile=true", "compile=whole", "cuda_graph=true"
 
 COMPARISONS = (
     Comparison(
         "large-v3",
         "large-v3-pretrain",
         overrides=ONE_DEVICE,
-        ours=((), (COMPILED,), (ONE_GRAPH,), (AGAIN,), ("precision=bf16",)),
+        ours=((REPLAYED,), (), (COMPILED,), (ONE_GRAPH,), (AGAIN,), (REPLAYED, "precision=bf16")),
         peers=tuple(peer(mode, *how) for mode in ("eager", COMPILE) for how in ((), (AGAIN,))),
     ),
     Comparison("tiny", "mini", ours=((), (ONE_GRAPH,)), peers=(peer("eager"), peer(COMPILE)), tiny=True),

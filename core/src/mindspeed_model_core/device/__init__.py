@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +19,12 @@ from ..errors import UserError, nearest
 
 KINDS = ("npu", "cuda", "cpu")
 VARIABLE = "MINDSPEED_MODEL_DEVICE"
+_recording = False
+_aside: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+class NeedsHost(RuntimeError):
+    """What is recorded takes something from the host, which would be what it was in each replay."""
 
 
 def pick(kind: str | None = None) -> torch.device:
@@ -58,6 +67,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
     It is sent from a copy in memory that stays in place, pinned; from elsewhere the host would wait for the queue.
     """
+    if _recording:
+        raise NeedsHost
     if device.type == "cpu" or tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return tensor.to(device)
     # What is pinned keeps its strides, and one that repeats elements could not be written.
@@ -99,10 +110,36 @@ def reset_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes allocated on the device since the last reset; on CPU the process's peak resident size."""
     if device.type != "cpu":
-        return int(module(device).max_memory_allocated(device))
+        return int(module(device).max_memory_allocated(device)) + sum(_aside.values())
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Say that what is queued is recorded, to be done again later and not now."""
+    global _recording
+    _recording = True
+    try:
+        yield
+    finally:
+        _recording = False
+
+
+def is_recording() -> bool:
+    """Return whether what is queued is recorded."""
+    return _recording
+
+
+def set_aside(owner: Any, device: torch.device, pool: Any) -> None:
+    """Start a new measurement of ``peak_memory``, in which counts what a pool of CUDA graphs holds.
+
+    That is beside its tensors that live on, and as long as ``owner`` does.
+    """
+    segments = [each for each in module(device).memory_snapshot() if tuple(each["segment_pool_id"]) == tuple(pool)]
+    _aside[owner] = sum(each["total_size"] - each["allocated_size"] for each in segments)
+    reset_peak_memory(device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from .adaln import adaln, gated_add
 from .adamw import Update, adamw_, ema_adamw_
+from .apart import apart
 from .attention import ATTENTION, attention, full_attention
 from .collective import all_gather_matmul, column_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .experts import grouped_matmul, permute_tokens, unpermute_tokens
@@ -33,6 +34,7 @@ __all__ = [
     "accumulate_gradient",
     "accumulate_product_",
     "all_gather_matmul",
+    "apart",
     "at_level",
     "attention",
     "checkpointed",

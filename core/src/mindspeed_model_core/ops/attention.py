@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import device as devices
+from .apart import empty_like_parts
 from .table import FLOATS, op
 
 Band = tuple[int, int]
@@ -196,11 +197,13 @@ def _flash_backward(
     longest: int,
     before: int,
     after: int,
+    beside: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = {f"d{name}": x.new_empty(x.shape) for name, x in (("q", q), ("k", k), ("v", v))}
+    # An operator's results share no memory.
+    dq, dk, dv = empty_like_parts((q, k, v)) if beside else (x.new_empty(x.shape) for x in (q, k, v))
     how = _flash_options(ends, longest, before, after)
     same = torch.are_deterministic_algorithms_enabled()
-    return _flash()._flash_attn_bwd(q, k, v, out, grad, lse, deterministic=same, **made, **how)  # type: ignore[no-any-return]
+    return _flash()._flash_attn_bwd(q, k, v, out, grad, lse, deterministic=same, dq=dq, dk=dk, dv=dv, **how)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op(
@@ -281,7 +284,7 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_flash_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+        return *_flash_backward(grad, *ctx.saved_tensors, *ctx.how, True), None, None, None, None
 
 
 def _flash_attend(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..breakdown import Mark, unmarked
+from ..replay import Replays
 from ..trunk import Batch, State
 from . import engine
 from .apply import Parallel
@@ -20,11 +21,13 @@ def run(
     loss: Callable[[Tensor, Batch], Tensor],
     count: Tensor,
     mark: Mark = unmarked,
+    replays: Replays | None = None,
 ) -> Tensor:
     """Accumulate the gradients of ``sum of losses / count`` over ``batches``; return the local sum of losses.
 
     ``loss`` maps the network's output and a batch to a scalar sum. On all but the last stage the result is 0. ``mark``
-    is told where forward, backward and, among stages, pipeline begin.
+    is told where forward, backward and, among stages, pipeline begin. ``replays`` run micro-batches, if given: both in
+    one, which is marked as forward.
     """
     net, mesh = parallel.net, parallel.mesh
     wide = torch.float64 if parallel.compute == torch.float64 else torch.float32
@@ -40,6 +43,12 @@ def run(
         value = scaled(net(batch), batch)
         mark("backward")
         value.backward()
+
+    if replays is not None:
+        for index, batch in enumerate(batches):
+            mark("forward")
+            total.add_(replays.run(batch, count, first=index == 0))
+        return total
 
     if mesh.pp == 1:
         for index, batch in enumerate(batches):

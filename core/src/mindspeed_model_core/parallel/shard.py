@@ -153,7 +153,7 @@ class Gradients:
         self.shards, self.mesh = [s for s in shards.values() if s.trainable], mesh
         whole = [s for s in self.shards if not s.sharded]
         self.flat: dict[torch.dtype, Tensor] = {}
-        self._sums: list[ops.Sum] = []
+        self._sums: list[tuple[nn.Parameter, ops.Sum]] = []
         split = {s.name: s for s in whole if s.master.dtype != s.parameter.dtype}
         if mesh.replicas > 1 or split:
             self._lay_out(whole)
@@ -166,7 +166,7 @@ class Gradients:
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(shard))
             elif shard.buffer is None:
                 # The first micro-batch's gradient is the sum to which the others are added.
-                self._sums.append(total)
+                self._sums.append((parameter, total))
                 parameter.register_post_accumulate_grad_hook(partial(_keep, total))
 
     def _lay_out(self, shards: list[Shard]) -> None:
@@ -206,8 +206,25 @@ class Gradients:
         for shard in self.shards:
             if shard.buffer is None:
                 shard.parameter.grad = None
-        for total in self._sums:
+        for _, total in self._sums:
             total.tensor = None
+
+    @property
+    def anew(self) -> bool:
+        """Whether backward makes the first gradients of each step, rather than adding them to what is there."""
+        return not self.flat
+
+    @property
+    def held(self) -> list[Tensor | None]:
+        """Return the gradients that parameters have."""
+        return [shard.parameter.grad for shard in self.shards]
+
+    def hold(self, gradients: list[Tensor | None]) -> None:
+        """Give parameters gradients that were ``held``, to which others are added."""
+        for shard, gradient in zip(self.shards, gradients, strict=True):
+            shard.parameter.grad = gradient
+        for parameter, total in self._sums:
+            total.tensor = parameter.grad
 
 
 def _accumulate_into(shard: Shard) -> Callable[[Tensor], None]:

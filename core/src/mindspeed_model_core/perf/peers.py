@@ -92,6 +92,8 @@ class Side:
             words.append(f"{self.recipe.recompute_keep} kept")
         if self.recipe.compile and self.peer is None:
             words.append("compiled whole" if self.recipe.compile == "whole" else "compiled")
+        if self.recipe.cuda_graph and self.peer is None:
+            words.append("replayed")
         if self.recipe.lora is not None:
             words.append(f"rank {self.recipe.lora.rank}")
         extra = "" if self.peer is None else self.peer.settings

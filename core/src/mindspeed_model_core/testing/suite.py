@@ -82,6 +82,13 @@ def _assert_same_losses(spread: list[float], alone: list[float]) -> None:
     assert all(abs(a / b - 1) < 1e-4 for a, b in zip(spread, alone, strict=True)), (spread, alone)
 
 
+RECORDED: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "mixed": {"precision": "bf16", "recompute": "all"},
+    "products kept": {"precision": "bf16-pure", "recompute": "all", "recompute_keep": "products"},
+    "compiled": {"precision": "bf16-pure", "compile": True},
+}
+"""Ways of computing a step that is recorded."""
 COMPILED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one-recomputed": (1, {}, {"recompute": "all"}),
     "one-whole": (1, {}, {"compile": "whole"}),
@@ -463,6 +470,28 @@ class ModelSuite(ABC):
             session.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.device
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, which records graphs; it is not here")
+    @pytest.mark.parametrize("how", RECORDED)
+    def test_a_recorded_step_is_the_step(self, how: str, tmp_path: Path) -> None:
+        """Losses, norms and weights after six steps, of which the last four are replayed, are the same bit for bit."""
+        recipe = self.recipe(tmp_path, deterministic=True, global_batch=4, micro_batch=2, **RECORDED[how])
+        found = []
+        try:
+            for replayed in (False, True):
+                changed = recipe.model_copy(update={"cuda_graph": replayed})
+                session = train.Session(perf.from_random(changed), self.model, Mesh(devices.pick()), synthetic=True)
+                session.start()
+                totals = [session.step() for _ in range(6)]
+                masters = {name: shard.master.cpu() for name, shard in session.parallel.shards.items()}
+                found.append(([each.read() for each in totals], masters))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert session.replays is not None and any(session.replays.recorded)
+        (want, weights), (got, again) = found
+        assert got == want
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
 
     @pytest.mark.device
     @needs_accelerator

@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
         """Map ``[tokens, width]`` to the same shape; ``lengths`` are those of the samples."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x).chunk(3, -1))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in ops.apart(self.qkv(x), 3))
         return self.out(ops.attention(q, k, v, lengths, causal=self.causal).flatten(1))
 
 
@@ -71,7 +71,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, batch: int) -> Tensor:
         """Map text ``y [tokens, width]`` to the same shape, given audio ``x`` of as many samples."""
-        q, k, v = (self._heads(z, batch) for z in (self.q(y), *self.kv(x).chunk(2, -1)))
+        q, k, v = (self._heads(z, batch) for z in (self.q(y), *ops.apart(self.kv(x), 2)))
         return self.out(ops.full_attention(q, k, v).transpose(0, 1).flatten(2).flatten(0, 1))
 
     def _heads(self, z: Tensor, batch: int) -> Tensor:
