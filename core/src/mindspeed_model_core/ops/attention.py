@@ -197,6 +197,7 @@ def _flash_backward(
     longest: int,
     before: int,
     after: int,
+    *,
     beside: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # An operator's results share no memory.
@@ -284,7 +285,10 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_flash_backward(grad, *ctx.saved_tensors, *ctx.how, True), None, None, None, None
+        q, k, v, out, lse, ends = ctx.saved_tensors
+        longest, before, after = ctx.how
+        made = _flash_backward(grad, q, k, v, out, lse, ends, longest, before, after, beside=True)
+        return *made, None, None, None, None
 
 
 def _flash_attend(
