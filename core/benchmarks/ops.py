@@ -54,6 +54,7 @@ def rows() -> Iterator[Row]:
     yield Row("layer_norm", "24000x1280", lambda r: (r(24000, 1280), r(1280), r(1280), 1e-5))
     yield Row("add_rms_norm", "4096x4096", lambda r: (r(*llama), r(*llama), r(LLAMA), 1e-5))
     yield Row("add_layer_norm", "32760x1536", lambda r: (r(*wan), r(*wan), r(WIDTH), r(WIDTH), 1e-6))
+    yield Row("add_layer_norm", "24000x1280", lambda r: (r(24000, 1280), r(24000, 1280), r(1280), r(1280), 1e-5))
     yield Row("sum_of_squares", "32760x1536", lambda r: (r(*wan),))
     yield Row("rms_norm_given", "32760x1536", lambda r: (r(*wan), wide(r(TOKENS, 1, 1)) ** 2, r(WIDTH), 1e-6))
     yield Row("swiglu", "4096x22016", lambda r: (r(LLAMA, 22016),))

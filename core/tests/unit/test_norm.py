@@ -8,17 +8,27 @@ from mindspeed_model_core import nn as layers
 from torch import Tensor
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["whole", "features shared out"])
-def test_a_norm_of_a_sum(shared: bool) -> None:
+def _rms(*, shared: bool) -> layers.RMSNorm:
     norm = layers.RMSNorm(6, 1e-5, unit=2 if shared else None)
-    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     if shared:  # the other ranks' squares add up to twice this one's
         norm.tp, norm.width = SimpleNamespace(sum_features=lambda square: 3 * square), 12  # type: ignore[assignment]
+    return norm
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [_rms(shared=False), _rms(shared=True), layers.LayerNorm(6)],
+    ids=["whole", "features shared out", "layer norm"],
+)
+def test_a_norm_of_a_sum(norm: layers.RMSNorm | layers.LayerNorm) -> None:
+    learnt = tuple(norm.parameters())
+    for number, weight in enumerate(learnt):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1 + number))
     generator = torch.Generator().manual_seed(0)
     x, residual, *grads = (torch.randn(4, 6, generator=generator, requires_grad=n < 2) for n in range(4))
 
     def learn(outs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        return (*outs, *torch.autograd.grad(outs, (x, residual, norm.weight), grads))
+        return (*outs, *torch.autograd.grad(outs, (x, residual, *learnt), grads))
 
     total = x + residual
     want = learn((norm(total), total))

@@ -138,6 +138,11 @@ def _norm(dtype=torch.bfloat16, rows=4, width=8, **other):
     return ops.layer_norm, (torch.empty(rows, width, dtype=dtype), weight, other.get("bias", weight), 1e-5)
 
 
+def _add(dtype=torch.bfloat16, shape=(4, 8), **named):
+    x, weight = torch.empty(4, 8, dtype=torch.bfloat16), torch.empty(8, dtype=torch.bfloat16)
+    return ops.add_layer_norm, (x, torch.empty(shape, dtype=dtype), weight, weight, 1e-5, *named.values())
+
+
 def _adaln(shape=(2, 8), wide=torch.float32):
     shift = torch.empty(shape, dtype=wide)
     return ops.adaln, (torch.empty(5, 2, 8, dtype=torch.bfloat16), shift, shift, 1e-5)
@@ -154,6 +159,12 @@ def _adaln(shape=(2, 8), wide=torch.float32):
         (_norm(rows=0), False),
         (_norm(bias=None), False),
         (_norm(weight=torch.float32), False),
+        (_add(), True),
+        (_add(torch.float32), False),
+        (_add(shape=(8,)), False),
+        (_add(dropout=0.1, training=False), True),
+        (_add(dropout=0.0, training=True), True),
+        (_add(dropout=0.1, training=True), False),
         (_adaln(), True),
         (_adaln(wide=torch.bfloat16), True),
         (_adaln(wide=torch.float64), False),

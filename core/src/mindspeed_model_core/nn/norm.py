@@ -83,3 +83,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[..., width]``."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + residual`` normalised, and the sum; both are ``[..., width]``."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)

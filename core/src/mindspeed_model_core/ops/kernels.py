@@ -56,36 +56,49 @@ def _swiglu_backward(x, grad, out, width, BLOCK: tl.constexpr):  # type: ignore[
     tl.store(out + row * 2 * width + width + at, g * a * s, mask=here)
 
 
-def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, one: float) -> tuple[Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, one: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``normed * (one + scale) + shift`` of contiguous rows ``x [..., width]``, and what backward needs of them.
 
     ``scale`` and ``shift``, both or neither, are ``[width]``, or ``[samples, width]`` where row ``i`` is of sample
-    ``i % samples``; they may be of other types than ``x``, and their rows apart. Of each row, its mean and
-    1 / deviation are kept, ``[rows, 2]`` in fp32.
+    ``i % samples``; they may be of other types than ``x``, and their rows apart. What is normed is ``x``, or the sum,
+    as it is rounded, with a contiguous ``residual`` of its shape and type. That is kept, and of each row its mean and
+    1 / deviation, ``[rows, 2]`` in fp32.
     """
     cut = _Cut(x, scale)
-    out, kept = torch.empty_like(x), x.new_empty((cut.tokens * cut.samples, 2), dtype=torch.float32)
-    _layer_norm[cut.grid](x, scale, shift, out, kept, *cut.sizes, _stride(scale), _stride(shift), eps, one, **cut.tile)
-    return out, kept
+    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    kept = x.new_empty((cut.tokens * cut.samples, 2), dtype=torch.float32)
+    _layer_norm[cut.grid](
+        x, residual, scale, shift, total, out, kept, *cut.sizes, _stride(scale), _stride(shift), eps, one, **cut.tile
+    )
+    return out, x if total is None else total, kept
 
 
 def layer_norm_backward(
-    x: Tensor, scale: Tensor | None, kept: Tensor, grad: Tensor, one: float, needs: tuple[bool, ...]
+    x: Tensor,
+    scale: Tensor | None,
+    kept: Tensor,
+    grad: Tensor,
+    one: float,
+    needs: tuple[bool, ...],
+    grad_x: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``x``, ``scale`` and ``shift`` of ``layer_norm``, each where ``needs`` says so.
 
-    That of ``shift`` is of the type and shape of ``scale``.
+    ``x`` is what was normed; to its gradient, what else it got, ``grad_x``, is added. The gradient of ``shift`` is of
+    the type and shape of ``scale``.
     """
     cut, (needs_x, *needs_sums) = _Cut(x, scale), needs
     to_x = torch.empty_like(x) if needs_x else None
     sums = x.new_empty((sum(needs_sums), cut.parts, cut.samples, cut.width), dtype=torch.float32)
     to_scale, to_shift = _given(sums, needs_sums)
     _layer_norm_backward[cut.grid](
-        x, grad, scale, kept, to_x, to_scale, to_shift, *cut.sizes, _stride(scale), one, **cut.tile
+        x, grad, grad_x, scale, kept, to_x, to_scale, to_shift, *cut.sizes, _stride(scale), one, **cut.tile
     )
     if scale is None or not any(needs_sums):
         return to_x, None, None
-    return to_x, *_given(sums.sum(1).to(scale.dtype).view(-1, *scale.shape), needs_sums)
+    return to_x, *_given(_sum_parts(sums.flatten(2), scale.dtype).view(-1, *scale.shape), needs_sums)
 
 
 class _Cut:
@@ -124,7 +137,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["tokens"])
 def _layer_norm(  # type: ignore[no-untyped-def]
-    x, scale, shift, out, kept, tokens, samples, width, scale_row, shift_row, eps, one,
+    x, residual, scale, shift, total, out, kept, tokens, samples, width, scale_row, shift_row, eps, one,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, at = tl.program_id(0), tl.arange(0, BLOCK)
@@ -138,6 +151,10 @@ def _layer_norm(  # type: ignore[no-untyped-def]
         row, there = token * samples + sample, token < tokens
         place, here = (row * width)[:, None] + at[None, :], there[:, None] & wide[None, :]
         a = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+        if residual is not None:
+            a = (a + tl.load(residual + place, mask=here, other=0.0)).to(x.dtype.element_ty)
+            tl.store(total + place, a, mask=here)
+            a = a.to(tl.float32)
         m = tl.sum(a, 1) / width
         a = tl.where(here, a - m[:, None], 0.0)
         r = tl.rsqrt(tl.sum(a * a, 1) / width + eps)
@@ -151,7 +168,7 @@ def _layer_norm(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_backward(  # type: ignore[no-untyped-def]
-    x, grad, scale, kept, to_x, to_scale, to_shift, tokens, samples, width, scale_row, one,
+    x, grad, grad_x, scale, kept, to_x, to_scale, to_shift, tokens, samples, width, scale_row, one,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, at = tl.program_id(0), tl.arange(0, BLOCK)
@@ -178,7 +195,10 @@ def _layer_norm_backward(  # type: ignore[no-untyped-def]
             if scale is not None:
                 g *= by[None, :]
             g -= (tl.sum(g * a, 1) / width)[:, None] * a + (tl.sum(g, 1) / width)[:, None]
-            tl.store(to_x + place, g * r, mask=here)
+            g *= r
+            if grad_x is not None:
+                g += tl.load(grad_x + place, mask=here, other=0.0)
+            tl.store(to_x + place, g, mask=here)
     if to_scale is not None:
         tl.store(to_scale + program.to(tl.int64) * width + at, tl.sum(sum_scale, 0), mask=wide)
     if to_shift is not None:
@@ -191,23 +211,30 @@ def sum_rows(x: Tensor) -> Tensor:
     tile = {"ROWS": 32, "BLOCK": 128}
     columns = triton.cdiv(width, tile["BLOCK"])
     parts = min(triton.cdiv(_multiprocessors(x.device) * 4, columns), triton.cdiv(rows, tile["ROWS"]))
-    sums = x.new_empty((parts, width), dtype=torch.float32)
+    sums = x.new_empty((1, parts, width), dtype=torch.float32)
     _sum_rows[(columns, parts)](x, sums, rows, width, **tile, num_warps=4)
-    out = x.new_empty(width)
-    _sum_rows[(columns, 1)](sums, out, parts, width, **tile, num_warps=4)
+    return _sum_parts(sums, x.dtype)[0]
+
+
+def _sum_parts(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sums ``[n, width]`` over ``parts`` of contiguous ``[n, parts, width]`` in fp32, as ``dtype``."""
+    n, parts, width = sums.shape
+    out = sums.new_empty((n, width), dtype=dtype)
+    tile = {"ROWS": 128, "BLOCK": 32}  # narrow: a norm leaves many parts, and programs are few
+    _sum_rows[(triton.cdiv(width, tile["BLOCK"]), 1, n)](sums, out, parts, width, **tile, num_warps=4)
     return out
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _sum_rows(x, sums, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at, part = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-    wide = at < width
+    n, wide = tl.program_id(2).to(tl.int64), at < width
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in tl.range(part * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=3):
         row = first + tl.arange(0, ROWS).to(tl.int64)
         place, here = (row * width)[:, None] + at[None, :], (row < rows)[:, None] & wide[None, :]
-        total += tl.load(x + place, mask=here, other=0.0).to(tl.float32)
-    tl.store(sums + part.to(tl.int64) * width + at, tl.sum(total, 0), mask=wide)
+        total += tl.load(x + n * rows * width + place, mask=here, other=0.0).to(tl.float32)
+    tl.store(sums + (n * tl.num_programs(1) + part) * width + at, tl.sum(total, 0), mask=wide)
 
 
 def turn(heads: list[Tensor], cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:

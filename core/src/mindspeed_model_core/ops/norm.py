@@ -104,8 +104,7 @@ class FusedLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, one: float) -> Tensor:
         from . import kernels
 
-        x = x.contiguous()
-        out, kept = kernels.layer_norm(x, scale, shift, eps, one)
+        out, x, kept = kernels.layer_norm(x.contiguous(), scale, shift, eps, one)
         ctx.save_for_backward(x, scale, kept)
         ctx.one = one
         return out
@@ -166,6 +165,33 @@ def add_layer_norm(
     return layer_norm.reference(total, weight, bias, eps), total
 
 
+class _FusedAddLayerNorm(torch.autograd.Function):
+    """Layer norm of a sum, and the sum, either of which may be left unused."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Pair:
+        from . import kernels
+
+        normed, total, kept = kernels.layer_norm(x.contiguous(), weight, bias, eps, 0.0, residual.contiguous())
+        ctx.save_for_backward(total, weight, kept)
+        ctx.set_materialize_grads(False)
+        return normed, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_normed: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        from . import kernels
+
+        if grad_normed is None:
+            return grad_total, grad_total, None, None, None
+        total, weight, kept = ctx.saved_tensors
+        needs_x, needs_residual, *needs_sums = ctx.needs_input_grad[:4]
+        needs = (needs_x or needs_residual, *needs_sums)
+        grad_total = None if grad_total is None else grad_total.contiguous()
+        grad, *sums = kernels.layer_norm_backward(total, weight, kept, grad_normed.contiguous(), 0.0, needs, grad_total)
+        return grad, grad, *sums, None
+
+
 def _dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
     return F.dropout(x, dropout) if training and dropout > 0 else x
 
@@ -190,6 +216,29 @@ def _npu_add_layer_norm(
     dropped = _dropped(x, dropout, training)
     normed, _, _, total = torch.ops.npu.npu_add_layer_norm(dropped, residual, weight, bias, eps, True)
     return normed, total
+
+
+@add_layer_norm.on(
+    "cuda",
+    "triton",
+    when=f"fp16, bf16, fp32; terms, scale and shift of the same type, nothing dropped; {FUSED_WIDTH}",
+    takes=lambda x, residual, weight, bias, eps, dropout=0.0, training=False: (
+        fuses_layer_norm(x, weight, bias)
+        and weight.dtype == x.dtype == residual.dtype
+        and residual.shape == x.shape
+        and not (training and dropout > 0)
+    ),
+)
+def _fused_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Pair:
+    return _FusedAddLayerNorm.apply(x, residual, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 add_layer_norm.compiled_on("cuda")

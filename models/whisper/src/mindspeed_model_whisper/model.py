@@ -92,9 +92,10 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
         """Map ``[tokens, width]`` to the same shape."""
-        x = x + self.attention(self.attention_norm(x), lengths)
-        x = x + self.mlp(self.mlp_norm(x))
-        return x if self.final_norm is None else self.final_norm(x)
+        h = self.attention(self.attention_norm(x), lengths)
+        h, x = self.mlp_norm.add(h, x)
+        h = self.mlp(h)
+        return x + h if self.final_norm is None else self.final_norm.add(h, x)[0]
 
 
 class DecoderBlock(nn.Module):
@@ -112,9 +113,11 @@ class DecoderBlock(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, lengths: Lengths) -> Tensor:
         """Map text ``y [tokens, width]`` to the same shape, given audio ``x``."""
-        y = y + self.attention(self.attention_norm(y), lengths)
-        y = y + self.cross_attention(self.cross_norm(y), x, len(lengths))
-        return y + self.mlp(self.mlp_norm(y))
+        h = self.attention(self.attention_norm(y), lengths)
+        h, y = self.cross_norm.add(h, y)
+        h = self.cross_attention(h, x, len(lengths))
+        h, y = self.mlp_norm.add(h, y)
+        return y + self.mlp(h)
 
 
 class AudioEmbedding(nn.Module):

@@ -21,8 +21,8 @@ class Case:
     ``operands`` are made by ``draw`` in fp32; those of floating point are cast to the type under test and get
     gradients. ``rest`` follows them in the call, moved to the device where it holds tensors. ``formula`` is called
     alike, in fp64 on the CPU. ``wide`` are the positions of operands that are fp32 at least, ``constant`` of those
-    that get no gradients. ``only`` are the types that the op is for, if not all, and ``reference_on`` the kinds of
-    device that have entries none of which takes these operands.
+    that get no gradients, ``unused`` of values that get none. ``only`` are the types that the op is for, if not all,
+    and ``reference_on`` the kinds of device that have entries none of which takes these operands.
     """
 
     op: Op[Any, Any]
@@ -33,6 +33,7 @@ class Case:
     named: dict[str, Any] = field(default_factory=dict)
     wide: tuple[int, ...] = ()
     constant: tuple[int, ...] = ()
+    unused: tuple[int, ...] = ()
     only: tuple[torch.dtype, ...] = ()
     reference_on: tuple[str, ...] = ()
 
@@ -81,7 +82,7 @@ def run(case: Case, device: torch.device, dtype: torch.dtype, kind: str | None =
     made = function(*operands, *rest, **case.named)
     types, right = [x.dtype for x in _listed(made)], _types(case, dtype)
     assert types == right, f"values are {types}, the reference's {right}"
-    return Outcome(entry, _differentiate(made, operands))
+    return Outcome(entry, _differentiate(made, operands, case.unused))
 
 
 def _types(case: Case, dtype: torch.dtype) -> list[torch.dtype]:
@@ -94,7 +95,7 @@ def wanted(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the formula's values and gradients in fp64, for operands rounded to ``dtype``."""
     rounded = replace(case, operands=tuple(case.cast(torch.device("cpu"), dtype)))
     operands = rounded.cast(None, torch.float64)
-    return _differentiate(case.formula(*operands, *case.rest, **case.named), operands)
+    return _differentiate(case.formula(*operands, *case.rest, **case.named), operands, case.unused)
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype, bound: float) -> Outcome:
@@ -112,10 +113,11 @@ def _listed(made: Any) -> list[Tensor]:
     return [made] if isinstance(made, Tensor) else list(made)
 
 
-def _differentiate(made: Any, operands: list[Tensor]) -> dict[str, Tensor]:
+def _differentiate(made: Any, operands: list[Tensor], unused: tuple[int, ...]) -> dict[str, Tensor]:
     outs = _listed(made)
     found = {f"value {n}": out for n, out in enumerate(outs)}
-    smooth = [out for out in outs if out.is_floating_point() and out.requires_grad]
+    used = [out for n, out in enumerate(outs) if n not in unused]
+    smooth = [out for out in used if out.is_floating_point() and out.requires_grad]
     learn = {f"gradient {n}": x for n, x in enumerate(operands) if x.requires_grad}
     if smooth and learn:
         weights = [draw(*out.shape, seed=9).to(out.device, out.dtype) for out in smooth]

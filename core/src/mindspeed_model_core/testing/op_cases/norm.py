@@ -84,6 +84,38 @@ CASES = (
         Case(ops.add_layer_norm, _name(s), (draw(*s), draw(*s, seed=1), *_vectors(s, 2)), _add_layer, (EPS,))
         for s in SHAPES
     ),
+    *(
+        Case(
+            ops.add_layer_norm,
+            name,
+            (draw(70, 96), draw(70, 96, seed=1), *_vectors((96,), 2)),
+            _add_layer,
+            (EPS,),
+            constant=constant,
+            unused=unused,
+        )
+        for name, constant, unused in (
+            ("sum unused", (), (1,)),
+            ("norm unused", (), (0,)),
+            ("constant parameters", (2, 3), ()),
+            ("constant terms", (0, 1), (1,)),
+            ("learning a residual and a shift", (0, 2), ()),
+        )
+    ),
+    Case(
+        ops.add_layer_norm,
+        "40x1280",
+        (draw(40, 1280), draw(40, 1280, seed=1), *_vectors((1280,), 2)),
+        _add_layer,
+        (EPS,),
+    ),
+    Case(
+        ops.add_layer_norm,
+        "turned round",
+        (draw(96, 70).T, draw(96, 70, seed=1).T, *_vectors((96,), 2)),
+        _add_layer,
+        (EPS,),
+    ),
     Case(
         ops.add_layer_norm,
         "not in training",
