@@ -18,4 +18,5 @@ def test_kernels_equal_their_formulas():
         [sys.executable, INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert {line.split("-")[0] for line in ran.stdout.splitlines()} == {"adaln", "layer_norm", "sum_rows", "swiglu"}
+    held = {line.split("-")[0] for line in ran.stdout.splitlines()}
+    assert held == {"adamw_", "adaln", "layer_norm", "sum_rows", "swiglu"}
