@@ -130,7 +130,7 @@ class _Recorded:
 
 def _kind(leaves: list[Any], spec: Any, device: torch.device) -> Hashable | None:
     """Return what batches must share to share a recording; None if it cannot be told."""
-    if any(isinstance(leaf, Tensor) and leaf.device != device for leaf in leaves):
+    if any(isinstance(leaf, Tensor) and leaf.device.type != device.type for leaf in leaves):
         return None
     told = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     try:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .. import device as devices
 
 _BLOCK = 2048
 
@@ -281,34 +284,72 @@ def _turn(  # type: ignore[no-untyped-def]
 
 
 def adamw_(
-    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, told: Tensor, *, lr: float, betas: tuple[float, float],
-    eps: float, weight_decay: float,
+    weights: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], told: Tensor, *,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """Update one tensor, all of one type and contiguous, in fp32.
+    """Update tensors, all of one type on one device and contiguous, in fp32: one kernel, which is told where they lie.
 
     ``told``, fp32 on the device, holds both moments' corrections ``1 - beta ** step``, what divides the gradient, and
     whether to leave everything as it is.
     """
-    count = weight.numel()
-    _adamw[(triton.cdiv(count, _BLOCK),)](
-        weight, grad, first, second, told, lr, 1 - betas[0], 1 - betas[1], eps, weight_decay, count, BLOCK=_BLOCK
-    )
+    device, sizes = told.device, tuple(map(Tensor.numel, weights))
+    parts = _parts(device, sizes)
+    if not len(parts):
+        return
+    columns = *(map(Tensor.data_ptr, some) for some in (weights, grads, firsts, seconds)), sizes
+    # Not torch.tensor, which takes four times as long: a list has thousands.
+    table = np.array([number for column in columns for number in column], np.int64).reshape(len(columns), -1)
+    _adamw[(len(parts),)](
+        devices.send(torch.from_numpy(table.T.copy()), device), parts, weights[0], told,
+        lr, 1 - betas[0], 1 - betas[1], eps, weight_decay, BLOCK=_BLOCK,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _parts(device: torch.device, sizes: tuple[int, ...]) -> Tensor:
+    """Return what each program works on, ``[programs, 2]``: which of tensors of these sizes, and which block of it."""
+    blocks = torch.tensor([triton.cdiv(size, _BLOCK) for size in sizes])
+    tensor = torch.arange(len(sizes)).repeat_interleave(blocks)
+    block = torch.arange(len(tensor)) - (blocks.cumsum(0) - blocks)[tensor]
+    return devices.send(torch.stack((tensor, block), 1).int(), device)
 
 
 @triton.jit
 def _adamw(  # type: ignore[no-untyped-def]
-    weight, grad, first, second, told, lr, new_first, new_second, eps, decay, count, BLOCK: tl.constexpr
+    table, parts, like, told, lr, new_first, new_second, eps, decay, BLOCK: tl.constexpr
 ):
+    part = parts + 2 * tl.program_id(0)
+    row, start = table + 5 * tl.load(part), tl.load(part + 1).to(tl.int64) * BLOCK
+    weight, grad, first, second = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    left = tl.load(row + 4) - start
     if tl.load(told + 3) == 0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        here = at < count
-        g = tl.load(grad + at, mask=here).to(tl.float32) / tl.load(told + 2)
-        w = tl.load(weight + at, mask=here).to(tl.float32)
-        m = tl.load(first + at, mask=here).to(tl.float32)
-        v = tl.load(second + at, mask=here).to(tl.float32)
-        m += (g - m) * new_first
-        v += (g * g - v) * new_second
-        w -= lr * (m / tl.load(told) / (tl.sqrt(v / tl.load(told + 1)) + eps) + decay * w)
-        tl.store(weight + at, w, mask=here)
-        tl.store(first + at, m, mask=here)
-        tl.store(second + at, v, mask=here)
+        # Loads are of 16 bytes only where it is known that they begin at a multiple and that no mask cuts them.
+        if (left >= BLOCK) & ((weight | grad | first | second) % 16 == 0):
+            at = start + tl.arange(0, BLOCK)
+            _adamw_part(weight, grad, first, second, at, None, like, told, lr, new_first, new_second, eps, decay)
+        else:
+            SOME: tl.constexpr = BLOCK // 4  # all at once would take so many registers that few programs fit
+            for place in range(0, tl.minimum(left, BLOCK), SOME):
+                at = place + tl.arange(0, SOME)
+                here, at = at < left, start + at
+                _adamw_part(weight, grad, first, second, at, here, like, told, lr, new_first, new_second, eps, decay)
+
+
+@triton.jit
+def _adamw_part(  # type: ignore[no-untyped-def]
+    weight, grad, first, second, at, here, like, told, lr, new_first, new_second, eps, decay
+):
+    kind: tl.constexpr = like.dtype
+    weight, grad, first, second = weight.to(kind), grad.to(kind), first.to(kind), second.to(kind)
+    if here is None:
+        tl.multiple_of(weight, 16), tl.multiple_of(grad, 16), tl.multiple_of(first, 16), tl.multiple_of(second, 16)
+    g = tl.load(grad + at, mask=here).to(tl.float32) / tl.load(told + 2)
+    w = tl.load(weight + at, mask=here).to(tl.float32)
+    m = tl.load(first + at, mask=here).to(tl.float32)
+    v = tl.load(second + at, mask=here).to(tl.float32)
+    m += (g - m) * new_first
+    v += (g * g - v) * new_second
+    w -= lr * (m / tl.load(told) / (tl.sqrt(v / tl.load(told + 1)) + eps) + decay * w)
+    tl.store(weight + at, w, mask=here)
+    tl.store(first + at, m, mask=here)
+    tl.store(second + at, v, mask=here)

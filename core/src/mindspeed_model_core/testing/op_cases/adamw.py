@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...ops import adamw
 from ..tolerance import assert_close
 from .case import draw
 
-SHAPES = ((7, 13), (5,), (0, 3), (2, 3, 4), (257, 300))
+SHAPES = ((7, 13), (5,), (0, 3), (2, 3, 4), (257, 300), (1,), (2048,), (6000,), (2, 2500), (30, 70))
+"""Of the one before the last, weight and gradient lie off what memory is aligned to; the last is transposed."""
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.8
 STEPS = ((1e-2, False, None), (5e-3, False, 4.0), (1e-2, True, 4.0), (2e-3, False, 1.0))
 """Learning rate of each step, whether it is one that must change nothing, and what divides its gradients."""
@@ -27,15 +27,7 @@ def check_ema_adamw_(device: torch.device, dtype: torch.dtype, bound: float) -> 
 
 
 def _check(name: str, device: torch.device, dtype: torch.dtype, bound: float) -> None:
-    before, adamw.SMALL = adamw.SMALL, 2**16  # the last shape is not small
-    try:
-        _hold(name, device, dtype, bound)
-    finally:
-        adamw.SMALL = before
-
-
-def _hold(name: str, device: torch.device, dtype: torch.dtype, bound: float) -> None:
-    weights = [draw(*shape).to(device, dtype) for shape in SHAPES]
+    weights = _placed([draw(*shape).to(device, dtype) for shape in SHAPES])
     moments = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
     averages = [w.to(torch.promote_types(dtype, torch.float32), copy=True) for w in weights]
     learn = [torch.nn.Parameter(w.cpu().to(torch.float64, copy=True)) for w in weights]
@@ -46,7 +38,7 @@ def _hold(name: str, device: torch.device, dtype: torch.dtype, bound: float) -> 
     for number, (lr, skipped, divisor) in enumerate(STEPS):
         if skipped and not skips:
             continue
-        grads = [draw(*shape, seed=number + 1).to(device, dtype) for shape in SHAPES]
+        grads = _placed([draw(*shape, seed=number + 1).to(device, dtype) for shape in SHAPES])
         wanted = [g.cpu().double() / (divisor or 1) for g in grads]
         skip, divide = (
             None if value is None else torch.tensor(float(value), device=device)
@@ -71,6 +63,12 @@ def _hold(name: str, device: torch.device, dtype: torch.dtype, bound: float) -> 
     if name == "ema_adamw_":
         found["average"], want["average"] = averages, mean
     assert_close(_named(found), _named(want), bound)
+
+
+def _placed(tensors: list[Tensor]) -> list[Tensor]:
+    *others, off, transposed = tensors
+    off = torch.cat((off.new_zeros(1), off.flatten()))[1:].view_as(off)
+    return [*others, off, transposed.T.contiguous().T]
 
 
 def _named(tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
