@@ -209,24 +209,29 @@ def emulator(session: nox.Session) -> None:
             "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment"
         )
     if not site.is_dir():
-        session.log(f"torch_npu {version} goes to {site.relative_to(ROOT)}")
-        site.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=site.parent) as folder:
-            command = [
-                python,
-                "-m",
-                "pip",
-                "install",
-                "--no-deps",
-                "--target",
-                f"{folder}/site",
-                f"torch_npu=={version}",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                session.error(unfetched(version, done.stderr))
-            os.replace(f"{folder}/site", site)
+        fetch(session, f"torch_npu=={version}", site, functools.partial(unfetched, version))
     run(session, "python", "-m", f"{module('core')}.testing.npu_emulator", str(site), "2")
+
+
+def fetch(session: nox.Session, requirement: str, site: Path, why: Callable[[str], str]) -> None:
+    """Put one distribution, without what it needs, into a folder of its own; or end the session, saying ``why`` not."""
+    session.log(f"{requirement} goes to {site.relative_to(ROOT)}")
+    site.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=site.parent) as folder:
+        pip = [
+            str(DEV / "bin" / "python"),
+            "-m",
+            "pip",
+            "install",
+            "--no-deps",
+            "--target",
+            f"{folder}/site",
+            requirement,
+        ]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            session.error(why(done.stderr))
+        os.replace(f"{folder}/site", site)
 
 
 def unfetched(version: str, said: str) -> str:
@@ -251,6 +256,23 @@ def npu(session: nox.Session, package: str) -> None:
     if (tests / "device").is_dir() and not session.posargs:
         # What a real device must pass in one process, in a process of its own: after it none could be forked.
         pytest(session, str(tests / "device"), "-p", plugin, "-m", "device")
+
+
+TRITON = "triton==3.6.0"
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def kernels(session: nox.Session) -> None:
+    """Hold Triton's kernels for CUDA to their formulas by its interpreter, on a CPU; fetches Triton (190 MB, once)."""
+    code = "import importlib.util as u; print(u.find_spec('triton') is not None)"
+    there = session.run(str(DEV / "bin" / "python"), "-c", code, external=True, silent=True)
+    if str(there).split()[-1] == "False":
+        # Beside the environment: PyTorch for CUDA brings a version of its own.
+        site = ROOT / ".nox" / "triton" / TRITON.replace("==", "-")
+        if not site.is_dir():
+            fetch(session, TRITON, site, lambda said: f"{TRITON} cannot be fetched, which is held here: {said[-300:]}")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    pytest(session, str(PACKAGES["core"] / "tests" / "unit" / "test_kernels.py"))
 
 
 def hardware(session: nox.Session) -> tuple[str, str]:

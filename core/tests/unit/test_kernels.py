@@ -11,7 +11,10 @@ import pytest
 INTERPRETED = Path(__file__).parent / "interpreted_kernels.py"
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: PyTorch for CPUs comes without it")
+@pytest.mark.skipif(
+    find_spec("triton") is None,
+    reason="Triton is not installed; nox -s kernels puts it beside",
+)
 def test_kernels_equal_their_formulas():
     """In a process of its own: Triton picks its interpreter when it is imported."""
     ran = subprocess.run(
