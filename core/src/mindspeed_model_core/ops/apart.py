@@ -59,7 +59,7 @@ def empty_like_parts(parts: Sequence[Tensor]) -> list[Tensor]:
     flat = [part.flatten(-2) if part.stride(-2) == part.shape[-1] else None for part in parts]
     for first in range(len(parts) - 1):
         beside = flat[first:]
-        if None in beside or joined(beside) is None:  # type: ignore[arg-type]
+        if any(part is None for part in beside) or joined(beside) is None:  # type: ignore[arg-type]
             continue
         heads = [part.shape[-2] for part in parts[first:]]
         room = parts[first].new_empty(*parts[first].shape[:-2], sum(heads), parts[first].shape[-1])
