@@ -8,6 +8,8 @@ writes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from operator import is_
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from .trunk import Batch, Context
 KINDS = 8
 """How many recordings there are: each takes seconds, and holds the batch that it reads."""
 _MET = 1024
+_PLAIN = (int, float, str, type(None), torch.Size, torch.dtype, torch.device)
+"""What a batch may hold beside tensors: what is told apart by its value, which stays."""
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Records what a function does on the device; returns what does it again, and where its result then lies."""
 
@@ -43,8 +47,6 @@ class Replays:
         self._recorded: dict[Hashable, _Recorded | None] = {}
         self._made: list[Tensor | None] | None = None
         """Where the first recording leaves the gradients that backward makes anew in each step; others add to them."""
-        self._in_place = False
-        """Whether this step's gradients lie where recordings look for them."""
 
     @property
     def recorded(self) -> list[Hashable]:
@@ -60,24 +62,28 @@ class Replays:
         leaves, spec = tree_flatten((batch, context))
         kind = _kind(leaves, spec, self.parallel.mesh.device)
         anew = first and gradients.anew
-        if first:
-            self._in_place = not anew
         if not self._has_met(kind):
             return self._run(batch, context, count)
-        if anew and self._made is not None and self._may((kind, False)) and (kind, True) not in self._recorded:
+        if anew and self._made is not None and (kind, True) not in self._recorded:
             # A recording that makes gradients anew has them in a place of its own: the others add to what is there.
+            if not self._may((kind, False)):
+                return self._run(batch, context, count)
             gradients.hold(self._made)
             torch._foreach_zero_([made for made in self._made if made is not None])
-            self._in_place, anew = True, False
-        recorded = self._recording((kind, anew), leaves, spec, count) if anew or self._in_place else None
+            anew = False
+        recorded = self._recording((kind, anew), leaves, spec, count) if anew or self._in_place() else None
         if recorded is None:
             return self._run(batch, context, count)
         loss = recorded([leaf for leaf in leaves if isinstance(leaf, Tensor)], count)
         if anew:
             assert self._made is not None
             gradients.hold(self._made)
-            self._in_place = True
         return loss
+
+    def _in_place(self) -> bool:
+        """Whether gradients lie where recordings look for them."""
+        gradients = self.parallel.gradients
+        return not gradients.anew or (self._made is not None and all(map(is_, self._made, gradients.held)))
 
     def _has_met(self, kind: Hashable | None) -> bool:
         """Whether a batch of this kind was run as ever before: kernels are chosen, compiled and loaded then."""
@@ -101,16 +107,18 @@ class Replays:
             return self._recorded.get(key)
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch, context = tree_unflatten(inputs, spec)
-        terms, held = count.clone(), self.parallel.gradients.held
-        try:
-            with devices.recording():
-                again, loss = self._record(lambda: self._run(batch, context, terms))
-        except devices.NeedsHost:
-            self.parallel.gradients.hold(held)
+        terms, gradients = count.clone(), self.parallel.gradients
+        held, made = gradients.held, None
+        with suppress(devices.NeedsHost), devices.recording():
+            again, loss = self._record(lambda: self._run(batch, context, terms))
+            made = gradients.held
+        # What is to add to gradients would write over those that were not there when it was recorded.
+        if made is None or not (key[1] or all(map(is_, made, held))):
+            gradients.hold(held)
             self._recorded[key] = None
             return None
         if key[1]:
-            self._made = self.parallel.gradients.held
+            self._made = made
         found = _Recorded([leaf for leaf in inputs if isinstance(leaf, Tensor)], terms, again, loss)
         self._recorded[key] = found
         return found
@@ -132,12 +140,10 @@ def _kind(leaves: list[Any], spec: Any, device: torch.device) -> Hashable | None
     """Return what batches must share to share a recording; None if it cannot be told."""
     if any(isinstance(leaf, Tensor) and leaf.device.type != device.type for leaf in leaves):
         return None
-    told = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    try:
-        hash(told)
-    except TypeError:
+    if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
         return None
-    return told, str(spec)
+    told = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return tuple(told), str(spec)
 
 
 def graphs(parallel: Parallel) -> Record:
@@ -150,13 +156,16 @@ def graphs(parallel: Parallel) -> Record:
             f"parallel.shard={parallel.config.shard}: what ranks exchange within a micro-batch is not recorded; set "
             "parallel.shard=none, or cuda_graph=false"
         )
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    stream, pool = torch.cuda.Stream(device), None
 
     def record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
+        nonlocal pool
+        # PyTorch takes no pool that lost all its graphs, as where none could be recorded, while a tensor is left in it.
+        graph, place = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
         # Other threads, which load data or save, may ask for memory meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=place, stream=stream, capture_error_mode="thread_local"):
             loss = work()
+        pool = place
         devices.set_aside(record, device, pool)
         return graph.replay, loss
 

@@ -51,6 +51,9 @@ def test_room_of_the_last_few_lies_side_by_side():
     room = empty_like_parts((q, k, v))
     assert [x.shape for x in room] == [q.shape, k.shape, v.shape]
     assert joined([x.flatten(-2) for x in room[1:]]) is not None
+    narrow = torch.zeros(3, 7, 48).split((32, 16), -1)
+    k, v = (x.unflatten(-1, (4, -1)) for x in narrow)
+    assert [x.shape for x in empty_like_parts((q, k, v))] == [q.shape, k.shape, v.shape], "heads of unlike widths"
     room = empty_like_parts((q, k.clone(), v.mT.contiguous().mT))
     assert all(x.is_contiguous() for x in room) and [x.shape for x in room] == [q.shape, k.shape, v.shape]
 

@@ -1,5 +1,6 @@
 """What runs from recordings is what runs as ever, with a stand-in that does again what a graph would replay."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -42,7 +43,9 @@ class Rerun:
             loss.copy_(work())
             if anew:
                 for place, made in zip(places, self.gradients.held, strict=True):
-                    place.copy_(made)
+                    assert (place is None) == (made is None)
+                    if place is not None:
+                        place.copy_(made)
                 self.gradients.hold(left)
 
         return again, loss
@@ -129,6 +132,39 @@ def test_what_needs_the_host_runs_as_ever(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+class Partly(toy.Toy):
+    """Leaves its last block out where a batch has few rows, or in place of that takes something from the host."""
+
+    host = False
+
+    def step(self, index, block, state, context):
+        if index < len(self.blocks) - 1 or len(state["x"]) > 5:
+            return super().step(index, block, state, context)
+        return {"x": state["x"] + devices.send(torch.zeros(()), CPU)} if self.host else state
+
+
+@pytest.mark.parametrize(
+    ("host", "rows", "attempts"),
+    [
+        # Gradients of the last block would be written over by each replay, not added up.
+        (False, [[5], [8], [5], [8], [8], [8, 5], [5, 8]], 2),
+        # They lie where they do for one step.
+        (False, [[5, 7], [5, 8, 7]], 1),
+        (True, [[8], [5], [8], [5], [5], [5, 8], [8, 5]], 2),
+    ],
+    ids=["made later", "elsewhere", "host"],
+)
+def test_what_cannot_add_to_the_first_recording_is_tried_once(monkeypatch, host, rows, attempts):
+    monkeypatch.setattr(toy, "Toy", Partly)
+    monkeypatch.setattr(Partly, "host", host)
+    want = _trained(_parallel("fp64"), rows, None)
+    parallel = _parallel("fp64")
+    record, tried = Rerun(parallel), []
+    got = _trained(parallel, rows, replay.Replays(parallel, _losses, lambda work: tried.append(1) or record(work)))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert len(tried) == attempts and any(record.replays)
+
+
 def test_there_are_so_many_recordings(monkeypatch):
     monkeypatch.setattr(replay, "KINDS", 2)
     rows = [[3], [4], [5]] * 3
@@ -149,7 +185,44 @@ def test_batches_of_a_kind_are_alike_in_all_but_their_numbers():
     others = ({"x": x.T}, {"x": x.double()}, {"x": x, "y": x}, {"x": (x,)}, {"y": x})
     assert len({kind(each) for each in ({"x": x}, *others)}) == 6
     assert kind({"x": x, "lengths": (1, 1)}) != kind({"x": x, "lengths": (2,)})
-    assert kind({"x": x.to("meta")}) is None and kind({"x": {1, 2}}) is None
+    # What an object holds may change.
+    assert not any(kind({"x": each}) for each in (x.to("meta"), {1, 2}, object()))
+
+
+class Graph:
+    """Stands in for CUDA's, and for the context that records."""
+
+    def __init__(self, *_, **options):
+        self.options = options
+
+    def __enter__(self):
+        Graph.pools.append(self.options["pool"])
+
+    def __exit__(self, *_):
+        pass
+
+    def replay(self):
+        pass
+
+
+def test_memory_of_what_could_not_be_recorded_is_not_that_of_recordings(monkeypatch):
+    parallel, Graph.pools = _parallel("fp64"), []
+    monkeypatch.setattr(parallel, "mesh", Mesh(torch.device("cuda")))
+    for name in ("CUDAGraph", "Stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(devices, "set_aside", lambda *_: None)
+    record = replay.graphs(parallel)
+
+    def failing():
+        raise devices.NeedsHost
+
+    for work in (failing, failing, lambda: torch.ones(()), failing, lambda: torch.ones(())):
+        with contextlib.suppress(devices.NeedsHost):
+            record(work)
+    first, second, *later = Graph.pools
+    # A tensor that may be left in the pool is cuBLAS' workspace.
+    assert first is not second and len({first, second, *later}) == 3 and len(set(later)) == 1
 
 
 def test_a_device_that_records_no_graphs_is_named():

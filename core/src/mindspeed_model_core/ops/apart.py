@@ -56,12 +56,13 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
 
 def empty_like_parts(parts: Sequence[Tensor]) -> list[Tensor]:
     """Return uninitialised tensors of the shapes of ``[..., heads, width]``; the last few side by side as parts are."""
-    flat = [part.flatten(-2) if part.stride(-2) == part.shape[-1] else None for part in parts]
+    width = parts[-1].shape[-1]
+    flat = [part.flatten(-2) if part.stride(-2) == part.shape[-1] == width else None for part in parts]
     for first in range(len(parts) - 1):
         beside = flat[first:]
-        if None in beside or joined(beside) is None:  # type: ignore[arg-type]
+        if any(part is None for part in beside) or joined(beside) is None:  # type: ignore[arg-type]
             continue
         heads = [part.shape[-2] for part in parts[first:]]
-        room = parts[first].new_empty(*parts[first].shape[:-2], sum(heads), parts[first].shape[-1])
+        room = parts[first].new_empty(*parts[first].shape[:-2], sum(heads), width)
         return [*(part.new_empty(part.shape) for part in parts[:first]), *room.split(heads, -2)]
     return [part.new_empty(part.shape) for part in parts]
