@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,18 @@ def test_gradients_of_a_wider_type_are_added_where_they_always_are():
     got = _trained(parallel, rows, replay.Replays(parallel, _losses, record))
     assert record.replays == [3, 1]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16-pure"])
+def test_replicas_add_gradients_where_they_always_are(precision):
+    rows, found = [[8, 8], [5, 8], [8, 5]], []
+    for replayed in (False, True):
+        parallel = _parallel(precision)
+        parallel.gradients = shard.Gradients(parallel.shards, SimpleNamespace(replicas=2, device=CPU))
+        record = Rerun(parallel)
+        found.append(_trained(parallel, rows, replay.Replays(parallel, _losses, record) if replayed else None))
+    assert record.replays == [3, 1]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 class Sending(toy.Toy):

@@ -528,6 +528,15 @@ class ModelSuite(ABC):
         far = self.assert_pair_equals_one(crew(2), pair, tmp_path)
         record_property("found", (f"{self.model.name}: {pair} beside one device", "training", far))
 
+    @pytest.mark.device
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, which records graphs; it is not here")
+    def test_two_replaying_accelerators_equal_one(self, tmp_path: Path) -> None:
+        """Replicas that replay their steps train what one device does op by op."""
+        needs_two_accelerators()
+        alone = self._train(self._pair_recipe(tmp_path, {}), tmp_path / "alone")
+        recipe = self._pair_recipe(tmp_path, LAYOUTS["dp2"][1], cuda_graph=True)
+        _assert_same_losses(crew(2).run("dp2", train_losses, self.where, recipe, tmp_path / "spread")[0], alone)
+
     def assert_pair_equals_one(self, two: Crew, pair: str, folder: Path) -> float:
         """Fail unless the crew of two trains under a layout as this process does alone: losses of four steps.
 
