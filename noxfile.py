@@ -278,8 +278,11 @@ def kernels(session: nox.Session) -> None:
 def hardware(session: nox.Session) -> tuple[str, str]:
     """Return the kind of device that runs would use here, and its name."""
     code = "from mindspeed_model_core import device as d; here = d.pick(); print(here.type, d.name(here))"
-    printed = session.run(str(DEV / "bin" / "python"), "-c", code, external=True, silent=True)
-    kind, _, name = str(printed).strip().splitlines()[-1].partition(" ")
+    done = subprocess.run([str(DEV / "bin" / "python"), "-c", code], capture_output=True, text=True)
+    said = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+    if done.returncode:
+        session.error(said.partition("UserError: ")[2] or said)
+    kind, _, name = said.partition(" ")
     return kind, name
 
 

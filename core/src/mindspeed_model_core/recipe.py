@@ -261,8 +261,8 @@ class Recipe(Section):
     )
     cuda_graph: bool = optional(
         False,
-        description="record forward and backward of each kind of batch as a CUDA graph and replay it: the host, which "
-        "queues thousands of kernels a step otherwise, is not waited for",
+        description="on CUDA, record forward and backward of each kind of batch and replay them: the device then does "
+        "not wait for the host; for one device or replicas: no tp, cp, pp, shard or lora.dropout",
     )
     lora: LoraConfig | None = optional(description="train adapters instead of the weights, which init_from names")
     optim: OptimConfig = OptimConfig()
@@ -323,11 +323,11 @@ class Recipe(Section):
                 "compile=false"
             )
         if self.cuda_graph:
-            for name, size in (("tp", self.parallel.tp), ("cp", self.parallel.cp), ("pp", self.parallel.pp)):
-                if size > 1:
+            for name, alone in {"tp": 1, "cp": 1, "pp": 1, "shard": "none"}.items():
+                if (value := getattr(self.parallel, name)) != alone:
                     raise ValueError(
-                        f"parallel.{name}={size}: what ranks exchange within a micro-batch is not recorded; set "
-                        f"parallel.{name}=1, or cuda_graph=false"
+                        f"parallel.{name}={value}: what ranks exchange within a micro-batch is not recorded; set "
+                        f"parallel.{name}={alone}, or cuda_graph=false"
                     )
             if self.lora is not None and self.lora.dropout > 0:
                 raise ValueError(
@@ -451,6 +451,8 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     elif reason == "tuple_type" and field is not None:
         shown = field.default if isinstance(field.default, tuple) else (value,)
         message = f"must be a list, such as {list(shown)}"
+    elif reason in ("bool_parsing", "bool_type"):
+        message = "must be true or false"
     elif reason == "int_parsing" and (number := _number(value)) is not None:
         message += f"; nearest: {number}"
     if isinstance(value, dict | BaseModel):

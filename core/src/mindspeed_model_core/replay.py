@@ -147,15 +147,10 @@ def _kind(leaves: list[Any], spec: Any, device: torch.device) -> Hashable | None
 
 
 def graphs(parallel: Parallel) -> Record:
-    """Return what records a process's work as CUDA graphs; UserError where it cannot be recorded."""
+    """Return what records a process's work as CUDA graphs; UserError on a device that records none."""
     device = parallel.mesh.device
     if device.type != "cuda":
         raise UserError(f"cuda_graph=true: CUDA records graphs, and the device is {device.type}; set cuda_graph=false")
-    if parallel.is_sharded:
-        raise UserError(
-            f"parallel.shard={parallel.config.shard}: what ranks exchange within a micro-batch is not recorded; set "
-            "parallel.shard=none, or cuda_graph=false"
-        )
     stream, pool = torch.cuda.Stream(device), None
 
     def record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

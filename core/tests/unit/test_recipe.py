@@ -102,6 +102,8 @@ def test_unknown_key_names_path_and_nearest() -> None:
         ("parallel.overlap_chunks=2", ("overlap_chunks=2 needs tp of 2 or more", "parallel.overlap_chunks=1")),
         ("parallel.overlap_chunks=3", ("parallel.overlap_chunks=3", "1, 2, 4 or 8")),
         ("compile=1.5", ("compile=1.5", "must be true, false or whole")),
+        ("cuda_graph=maybe", ("cuda_graph='maybe'", "must be true or false")),
+        ("deterministic=[1]", ("deterministic=[1]", "must be true or false")),
         ("optimization_level=true", ("optimization_level=True", "must be a number")),
         ("parallel.overlap_chunks=16", ("parallel.overlap_chunks=16", "did you mean '8'")),
         ("optim=3", ("optim", "3")),

@@ -248,6 +248,8 @@ def test_a_device_that_records_no_graphs_is_named():
     [
         ({"parallel": {"tp": 2}}, "parallel.tp=2: what ranks exchange"),
         ({"parallel": {"pp": 2}}, "parallel.pp=2: what ranks exchange"),
+        ({"parallel": {"cp": 2}}, "parallel.cp=2: what ranks exchange"),
+        ({"parallel": {"shard": "zero1"}}, "parallel.shard=zero1: what ranks exchange.*set parallel.shard=none"),
         ({"lora": {"rank": 2, "dropout": 0.5}, "init_from": "x"}, "lora.dropout=0.5: what is drawn"),
     ],
 )

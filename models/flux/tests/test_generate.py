@@ -203,6 +203,8 @@ def test_what_cannot_be_sampled_is_refused(hub: tuple[Path, Sampling], tmp_path:
         refused("^--image: this network makes an image from another; give it$", image=None)
         refused("cat.png: no such file$", image=tmp_path / "cat.png")
         refused("^--image=.*: is no image", image=folder / "model_index.json")
+        Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+        refused("dot.png: is 1 x 1 pixels, the least is 16 along a side$", image=tmp_path / "dot.png")
         said = folder / "scheduler" / "scheduler_config.json"
         before = said.read_text()
         said.write_text(json.dumps({"_class_name": "DDIMScheduler"}))

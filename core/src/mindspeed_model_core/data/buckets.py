@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .media import probe
+from .media import Clip, probe
 from .shuffle import shuffled
 from .slots import Drawn, Position
 
@@ -57,11 +57,17 @@ def choose(
     return Bucket(*nearest, max(filled))
 
 
-def fit(path: str | Path, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], fps: float) -> Bucket:
-    """Return the bucket of a file when sampled at ``fps``; UserError for one that cannot be used."""
+def probe_fit(path: str | Path) -> Clip:
+    """Return what a file of images is; UserError for one too small to learn or draw from."""
     clip = probe(path)
     if min(clip.width, clip.height) < SMALLEST:
         raise UserError(f"{path}: is {clip.width} x {clip.height} pixels, the least is {SMALLEST} along a side")
+    return clip
+
+
+def fit(path: str | Path, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], fps: float) -> Bucket:
+    """Return the bucket of a file when sampled at ``fps``; UserError for one that cannot be used."""
+    clip = probe_fit(path)
     length = clip.length(fps)
     bucket = choose(clip.width, clip.height, length, sizes, lengths)
     if bucket is None:

@@ -33,7 +33,7 @@ def pick(kind: str | None = None) -> torch.device:
     ``MINDSPEED_MODEL_DEVICE`` names a kind for the whole process. Raises UserError for a kind that is not here.
     """
     field = "device" if kind else VARIABLE
-    kind = kind or os.environ.get(VARIABLE)
+    kind = kind or os.environ.get(VARIABLE) or None
     present = [k for k in KINDS if _present(k)]
     if kind is None:
         kind = present[0]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from mindspeed_model_core import launch, weights
+from mindspeed_model_core.data.buckets import probe_fit
 from mindspeed_model_core.data.media import is_image, probe, read_frames, write_image
 from mindspeed_model_core.errors import UserError
 from mindspeed_model_core.frozen import quiet
@@ -176,6 +177,7 @@ def _given(config: FluxConfig, what: Sampling) -> Tensor | None:
         raise UserError(f"--image={what.image}: this network takes a prompt alone; leave it out")
     if not is_image(what.image):
         raise UserError(f"--image={what.image}: is no image; known are .png, .jpg, .webp and others")
+    probe_fit(what.image)
     return read_frames(what.image, 1, fps=1.0, size=what.size)[0]
 
 
