@@ -26,6 +26,9 @@ def test_more_processes_than_devices_are_refused(monkeypatch, count, said):
     assert len(chosen) == 1
     monkeypatch.setenv(device.VARIABLE, "cpu")
     assert device.pick().type == "cpu"
+    monkeypatch.setenv(device.VARIABLE, "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert device.pick().type == "cuda", "empty is not set"
 
 
 def test_free_memory_on_a_cpu_is_a_processs_part_of_what_can_be_had(monkeypatch) -> None:
