@@ -255,6 +255,13 @@ def test_quick_keeps_the_first_of_each() -> None:
     ]
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("cuda", [True, False]), ("npu", [False]), ("cpu", [False])])
+def test_rows_of_ours_that_replay_steps_are_cudas(kind: str, rows: list[bool]) -> None:
+    both = comparison(ours=(("cuda_graph=true",), ()))
+    sides = peers._sides(MODEL, both, torch.device(kind), (), (), False)
+    assert [side.recipe.cuda_graph for side in sides if side.peer is None] == rows and len(sides) == len(rows) + 1
+
+
 def test_works_are_chosen_by_name_or_device() -> None:
     small, large = comparison(tiny=True), replace(comparison(), name="large")
     assert peers.chosen((small, large), (), CPU) == [small]

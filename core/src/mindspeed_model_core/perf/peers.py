@@ -153,7 +153,7 @@ def compare(
     steps = STEPS[comparison.tiny] if steps is None else steps
     if steps < 1 or warmup < 1:
         raise UserError(f"steps={steps}, warmup={warmup}: a comparison needs 1 or more of both")
-    sides = _sides(model, comparison, overrides, modes, quick)
+    sides = _sides(model, comparison, device, overrides, modes, quick)
     for side in sides:
         _look(side, device)
     ceiling = measured_peak(device, sides[0].recipe.precision)
@@ -183,15 +183,21 @@ def compare(
 
 
 def _sides(
-    model: Model, comparison: Comparison, overrides: Sequence[str], modes: Sequence[str], quick: bool
+    model: Model,
+    comparison: Comparison,
+    device: torch.device,
+    overrides: Sequence[str],
+    modes: Sequence[str],
+    quick: bool,
 ) -> list[Side]:
-    """Return the rows to be, recipes resolved."""
+    """Return the rows to be on a device, recipes resolved; those of ours that replay steps are CUDA's."""
     common = (*comparison.overrides, *overrides)
 
     def resolved(changes: tuple[str, ...]) -> Recipe:
         return model.load_recipe(comparison.recipe, (*common, *changes))  # type: ignore[no-any-return]
 
-    ours, others = comparison.ours, [peer for peer in comparison.peers if not modes or peer.mode in modes]
+    ours = [changes for changes in comparison.ours if device.type == "cuda" or not resolved(changes).cuda_graph]
+    others = [peer for peer in comparison.peers if not modes or peer.mode in modes]
     if quick:
         ours, others = ours[:1], list({peer.mode: peer for peer in reversed(others)}.values())[::-1]
     sides = [Side(resolved(changes), (*common, *changes)) for changes in ours]
@@ -518,7 +524,7 @@ def main(model: Model, comparisons: Sequence[Comparison], file: str) -> None:
         wanted = _with_modes(chosen(comparisons, work or (), device), mode or ())
         # What a later one refuses is told before the first has cost its time.
         for each in wanted:
-            for side in _sides(model, each, overrides or (), mode or (), quick):
+            for side in _sides(model, each, device, overrides or (), mode or (), quick):
                 _look(side, device)
         record = record or record_cpu
         where = _folder(baselines, needed=record)
