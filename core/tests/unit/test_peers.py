@@ -255,7 +255,7 @@ def test_quick_keeps_the_first_of_each() -> None:
     ]
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("cuda", [True, False]), ("npu", [False]), ("cpu", [False])])
+@pytest.mark.parametrize(("kind", "rows"), [("cuda", [True, False]), ("cpu", [False])])
 def test_rows_of_ours_that_replay_steps_are_cudas(kind: str, rows: list[bool]) -> None:
     both = comparison(ours=(("cuda_graph=true",), ()))
     sides = peers._sides(MODEL, both, torch.device(kind), (), (), False)
