@@ -81,6 +81,18 @@ def test_why_torch_npu_cannot_be_fetched_is_said() -> None:
     assert "pip said nothing" in NOXFILE.unfetched("9", "")
 
 
+def test_a_device_that_is_not_here_ends_a_session_in_one_line(monkeypatch) -> None:
+    class Session:
+        def error(self, said):
+            raise SystemExit(said)
+
+    monkeypatch.setenv("MINDSPEED_MODEL_DEVICE", "abacus")
+    with pytest.raises(SystemExit, match="^MINDSPEED_MODEL_DEVICE='abacus': not present on this machine.*$"):
+        NOXFILE.hardware(Session())
+    monkeypatch.setenv("MINDSPEED_MODEL_DEVICE", "cpu")
+    assert NOXFILE.hardware(Session())[0] == "cpu"
+
+
 def test_torch_npu_is_pinned_with_torch_and_goes_beside_the_environment() -> None:
     import re
 

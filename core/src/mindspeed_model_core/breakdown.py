@@ -22,8 +22,9 @@ Span = tuple[float, float]
 STEPS = 3
 """Steps that are marked, unless fewer were timed."""
 PHASES = ("data", "encode", "forward", "backward", "pipeline", "reduction", "optimizer")
-"""In the order of a step. ``pipeline`` is what a stage sends, receives and waits for, ``reduction`` the sums of
-gradients beside FSDP2's, ``optimizer`` clipping too; what a collective within a phase takes is that phase's."""
+"""In the order of a step. ``forward`` is backward too where steps are replayed, ``pipeline`` what a stage sends,
+receives and waits for, ``reduction`` the sums of gradients beside FSDP2's, ``optimizer`` clipping too; what a
+collective within a phase takes is that phase's."""
 _WINDOW = "mindspeed: recorded step"
 COLUMNS = ("Computing", "Communication(Not Overlapped)", "Communication", "Free")
 """Of torch_npu's table of a step, in microseconds; its first, second and last add up to the step."""

@@ -125,9 +125,7 @@ def test_replicas_add_gradients_where_they_always_are(precision):
 
 
 class Sending(toy.Toy):
-    """Takes something from the host on its way, where ``sent`` says so."""
-
-    sent = True
+    """Takes something from the host on its way."""
 
     def finish(self, state, context):
         devices.send(torch.ones(2), CPU)
